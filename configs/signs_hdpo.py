@@ -1,0 +1,46 @@
+"""Built-in task, HDPO: which of the calls were needed? Starts from what `signs_sft` wrote.
+
+32 prompts x 8 rollouts a step, one optimizer step each, w_tool 0.15 as in the authors' release (arXiv:2604.08545).
+"""
+
+from hdpo_jax.config import (
+    AgentConfig,
+    AlgorithmConfig,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RLConfig,
+    RLTrainConfig,
+    RolloutConfig,
+)
+
+
+def get_config() -> RLConfig:
+    return RLConfig(
+        output="runs/quickstart/hdpo",
+        model=ModelConfig(path="runs/quickstart/sft/hf", dtype="float32", remat="nothing"),
+        data=DataConfig(path="runs/quickstart/data/train.parquet"),
+        agent=AgentConfig(max_calls=2, max_response_tokens=96, max_observation_tokens=64),
+        rollout=RolloutConfig(
+            slots=128,
+            capacity=160,
+            chunk=16,
+            prefill_rows=16,
+            append_rows=16,
+            prompt_shapes=((64, 64),),
+            observation_shapes=((32, 32), (64, 64), (64, 0)),
+        ),
+        algorithm=AlgorithmConfig(w_tool=0.15),
+        optimizer=OptimizerConfig(learning_rate=1e-4),
+        train=RLTrainConfig(
+            steps=200,
+            prompts_per_step=32,
+            group_size=8,
+            mini_batches=1,
+            checkpoint_every=100,
+            row_tokens=256,
+            row_patches=288,
+            micro_batch_rows=16,
+            max_rows=160,
+        ),
+    )

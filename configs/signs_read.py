@@ -1,0 +1,27 @@
+"""Built-in task, before the cold start: a random tiny Qwen3-VL learns to read signs and to crop.
+
+Stands in for the pre-training that a real Qwen3-VL comes with: half of the conversations call the tool.
+`hdpo quickstart` makes the data and the checkpoint, and runs this file, signs_sft and signs_hdpo in turn.
+"""
+
+from hdpo_jax.config import DataConfig, ModelConfig, OptimizerConfig, SFTConfig, SFTTrainConfig
+
+
+def get_config() -> SFTConfig:
+    return SFTConfig(
+        output="runs/quickstart/read",
+        model=ModelConfig(path="runs/quickstart/random", dtype="float32", remat="nothing"),
+        data=DataConfig(path="runs/quickstart/data/cold_start_0.parquet"),
+        optimizer=OptimizerConfig(
+            name="muon", muon_learning_rate=2e-2, learning_rate=2e-3, schedule="cosine", weight_decay=0.0
+        ),
+        train=SFTTrainConfig(
+            steps=200,
+            batch_size=128,
+            checkpoint_every=100,
+            row_tokens=256,
+            row_patches=288,
+            micro_batch_rows=16,
+            max_rows=96,
+        ),
+    )

@@ -1,0 +1,1 @@
+"""HDPO reinforcement learning of tool-using vision-language agents, in JAX."""

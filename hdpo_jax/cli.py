@@ -1,0 +1,69 @@
+"""The command line, `hdpo`. Help does not wait for JAX, and an error is one readable line."""
+
+import sys
+from collections.abc import Sequence
+
+HELP = """\
+usage: hdpo COMMAND [OPTIONS]
+
+Qwen3-VL and HDPO in JAX: agents that learn when a tool is worth its call.
+
+  quickstart        cold start, HDPO, evaluation, report and export on built-in data
+  sft CONFIG        supervised cold start; resumes by itself
+  train CONFIG      HDPO, or one of its baselines; resumes by itself
+  eval              accuracy and tool use of a model on a file of prompts
+  generate          continue conversations, with tools where asked for
+  score             teacher-forced log-probs of conversations
+  import-hf         HF safetensors to an Orbax checkpoint
+  export-hf         a checkpoint to HF safetensors
+  report RUN_DIR    one HTML page: curves and a trajectory browser
+
+CONFIG is a Python file, or the name of one in configs/; flags override its fields (--train.steps 50).
+`hdpo COMMAND --help` lists the flags. --debug shows the traceback of an error.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; 0 on success, 2 where flags or a config do not fit, 1 after any other error."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    try:
+        return dispatch([argument for argument in given if argument != "--debug"])
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except Exception as error:
+        if debug:
+            raise
+        return _fail(describe(error), 2 if is_misuse(error) else 1)
+
+
+def dispatch(arguments: Sequence[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        sys.stdout.write(HELP)
+        return 0 if arguments else 2
+    from hdpo_jax.commands import run_command
+
+    name, *flags = arguments
+    run_command(name, flags)
+    return 0
+
+
+def is_misuse(error: Exception) -> bool:
+    """Whether the command was given wrongly, rather than failed."""
+    from hdpo_jax.config import ConfigError
+
+    return isinstance(error, ConfigError)
+
+
+def describe(error: Exception, limit: int = 600) -> str:
+    """One line that says what an error says; its type where the text alone would not be a sentence."""
+    text = " ".join(str(error).split())
+    if len(text) > limit:
+        text = f"{text[:limit]} [… --debug shows all]"
+    speaks = isinstance(error, ValueError | OSError | RuntimeError) and " " in text
+    return text if speaks else ": ".join(filter(None, (type(error).__name__, text)))
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"hdpo: {message}", file=sys.stderr)
+    return status

@@ -1,0 +1,219 @@
+"""The commands of `hdpo`: each a dataclass of its flags with the one call that it makes.
+
+What a command does is imported when it runs: help and refusals come at once.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal, Protocol
+
+import tyro
+
+from hdpo_jax.config import AgentConfig, ConfigError, Dtype, RLConfig, RolloutConfig, SFTConfig, ToolsConfig
+from hdpo_jax.config_files import config_names, load_config
+from hdpo_jax.flags import parse_flags
+
+
+class Command(Protocol):
+    """The flags of a command, filled in."""
+
+    def run(self) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quickstart:
+    """Cold start, HDPO, evaluation, report and export on built-in data, on a laptop's CPU."""
+
+    out: Path = Path("runs/quickstart")
+    """Where everything goes; a run that stopped there is resumed."""
+    seed: int = 0
+    tools: ToolsConfig = field(default_factory=ToolsConfig)
+
+    def run(self) -> None:
+        from hdpo_jax import quickstart
+
+        quickstart.run(self.out, self.seed, self.tools)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval:
+    """Accuracy and tool use of a model on a file of prompts."""
+
+    model: Path | None = None
+    """A model directory in HF format."""
+    run_dir: Path | None = None
+    """Instead of --model: a run of `hdpo train` or `hdpo sft`, whose newest checkpoint is taken."""
+    data: Path
+    """A parquet file, or a folder of them, in the Metis-RL schema."""
+    output: Path
+    """The folder for results.json and the trajectories."""
+    samples: int = 1
+    """Rollouts a prompt."""
+    limit: int = 0
+    """Prompts, from the first on; 0: all."""
+    seed: int = 0
+    dtype: Dtype = "bfloat16"
+    agent: AgentConfig = field(default_factory=AgentConfig)
+    tools: ToolsConfig = field(default_factory=ToolsConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+
+    def __post_init__(self):
+        if (self.model is None) == (self.run_dir is None):
+            raise ConfigError("expected one of --model and --run-dir")
+
+    def run(self) -> None:
+        from hdpo_jax.evaluate.runner import evaluate
+
+        evaluate(**{entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate:
+    """Continue conversations: one JSON object a line of --messages."""
+
+    model: Path
+    """A model directory in HF format."""
+    messages: Path
+    """JSON lines: {"messages": [{"role", "content"}]}, content as the chat template takes it."""
+    output: Path
+    """JSON lines: text, token_ids, logprobs, stop_reason, tool_calls."""
+    max_new_tokens: int = 1024
+    temperature: float = 1.0
+    """0 takes the likeliest token."""
+    tools: str = "none"
+    """Tools to run, separated by commas ("python"), or none: calls are reported, not run."""
+    sandbox: Annotated[Literal["bubblewrap", "none"], tyro.conf.arg(name="tools.sandbox")] = "bubblewrap"
+    """What isolates model-written code. "none" runs it with this user's rights: only for code you trust."""
+    seed: int = 0
+    dtype: Dtype = "bfloat16"
+
+    def run(self) -> None:
+        from hdpo_jax.evaluate.generate import generate_file
+
+        names = tuple(self.tools.split(","))
+        generate_file(
+            self.model,
+            self.messages,
+            self.output,
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            tools=None if names == ("none",) else ToolsConfig(names=names, sandbox=self.sandbox),
+            seed=self.seed,
+            dtype=self.dtype,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """Teacher-forced log-probs of conversations: arrays token_ids_i and logprobs_i for line i."""
+
+    model: Path
+    """A model directory in HF format."""
+    messages: Path
+    """JSON lines: {"messages": [{"role", "content"}]}, content as the chat template takes it."""
+    output: Path
+    """An npz file. logprobs_i[t] = log p(token t | tokens before it); entry 0 is NaN."""
+    add_generation_prompt: bool = False
+    """Open an assistant turn after the last message."""
+    dtype: Dtype = "bfloat16"
+
+    def run(self) -> None:
+        from hdpo_jax.evaluate.score import score_file
+
+        score_file(
+            self.model,
+            self.messages,
+            self.output,
+            add_generation_prompt=self.add_generation_prompt,
+            dtype=self.dtype,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportHF:
+    """HF safetensors to an Orbax checkpoint."""
+
+    model: Path
+    """A model directory in HF format."""
+    checkpoint: Path
+    """The directory to write."""
+
+    def run(self) -> None:
+        from hdpo_jax.evaluate.convert import import_hf
+
+        import_hf(self.model, self.checkpoint)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportHF:
+    """A checkpoint, also one of a training run, to HF safetensors that transformers loads as they are."""
+
+    checkpoint: Path
+    """A directory of `hdpo import-hf`, or a run directory: its newest checkpoint."""
+    output: Path
+    """The model directory to write."""
+    dtype: Dtype | None = None
+    """Of the tensors written; by default what the config.json of the base model says."""
+
+    def run(self) -> None:
+        from hdpo_jax.evaluate.convert import export_hf
+
+        export_hf(self.checkpoint, self.output, self.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """One self-contained HTML page of a run: curves and a trajectory browser."""
+
+    run_dir: Annotated[Path, tyro.conf.Positional]
+    """The output folder of hdpo quickstart, sft or train."""
+
+    def run(self) -> None:
+        from hdpo_jax.evaluate.report import write_report
+
+        print(write_report(self.run_dir))
+
+
+COMMANDS: dict[str, type[Command]] = {
+    "quickstart": Quickstart,
+    "eval": Eval,
+    "generate": Generate,
+    "score": Score,
+    "import-hf": ImportHF,
+    "export-hf": ExportHF,
+    "report": Report,
+}
+RUNS: dict[str, type[SFTConfig] | type[RLConfig]] = {"sft": SFTConfig, "train": RLConfig}
+
+
+def run_command(name: str, flags: Sequence[str]) -> None:
+    """Runs a command; ConfigError where there is none of that name, or the flags do not fit it."""
+    if name in RUNS:
+        _train(name, flags)
+    elif name in COMMANDS:
+        parse_flags(COMMANDS[name], flags, program=f"hdpo {name}").run()
+    else:
+        known = ", ".join([*RUNS, *COMMANDS])
+        raise ConfigError(f"there is no command {name!r}; expected one of {known}")
+
+
+def _train(name: str, flags: Sequence[str]) -> None:
+    kind, program = RUNS[name], f"hdpo {name} CONFIG"
+    choices = f"CONFIG is a Python file that defines get_config() -> {kind.__name__}, or a name: "
+    choices += ", ".join(config_names()) or "(configs/ is empty)"
+    if flags and flags[0] in ("-h", "--help"):
+        parse_flags(kind, ["--help"], program=program, description=f"{kind.__doc__}\n\n{choices}")
+    if not flags or flags[0].startswith("-"):
+        raise ConfigError(f"{program}: a config comes first. {choices}")
+    path, *overrides = flags
+    config = parse_flags(kind, overrides, program=f"hdpo {name} {path}", default=load_config(path, kind))
+    if isinstance(config, SFTConfig):
+        from hdpo_jax.train.sft import train_sft
+
+        train_sft(config)
+    else:
+        from hdpo_jax.train.rl import train_rl
+
+        train_rl(config)

@@ -1,0 +1,1 @@
+"""Data: parquet layouts, prompts, conversations, input pipelines, and the built-in task."""

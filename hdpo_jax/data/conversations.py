@@ -1,0 +1,61 @@
+"""Cold-start conversations out of parquet files in the Metis-ColdStart layout."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hdpo_jax.data.dataset import Dataset, RowError, open_rows, row_images
+from hdpo_jax.data.prompts import resolve_marks
+from hdpo_jax.data.schemas import COLD_START_COLUMNS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversation:
+    """A conversation to learn from, tool results as user turns."""
+
+    id: str
+    messages: Sequence[Mapping[str, Any]]
+    """Roles and contents as a chat template takes them; image parts are `{"type": "image"}`, in order."""
+    images: Sequence[bytes]
+    """Image files, in the order of the image parts."""
+    learned: Sequence[bool]
+    """Which messages are learned: the assistant's."""
+
+
+class ConversationDataset(Dataset[Conversation]):
+    """The conversations of a parquet file or folder, checked; `report` lists the rows that can not be used.
+
+    Args:
+        path: a parquet file, or a folder of them.
+        max_bad_rows: share of unusable rows past which DataError is raised.
+        progress: called with the rows checked so far and all rows.
+    """
+
+    def __init__(
+        self, path: str | Path, *, max_bad_rows: float = 0.01, progress: Callable[[int, int], None] | None = None
+    ):
+        rows = open_rows(path, ("messages", "images"), COLD_START_COLUMNS, "cold-start conversations")
+        super().__init__(rows, parse_conversation, max_bad_rows=max_bad_rows, progress=progress)
+
+
+def parse_conversation(row: Mapping[str, Any], id: str) -> Conversation:
+    """The conversation in a row. Raises RowError that says why there is none."""
+    messages = row["messages"]
+    if isinstance(messages, str):
+        try:
+            messages = json.loads(messages)
+        except ValueError as error:
+            raise RowError(f"messages is not JSON: {error}") from error
+    images = row_images(row)
+    resolved = resolve_marks(messages, images)
+    roles = [message["role"] for message in resolved]
+    if "assistant" not in roles:
+        raise RowError("no message is the assistant's: there is nothing to learn")
+    if "user" not in roles[: roles.index("assistant")]:
+        raise RowError("the assistant speaks before the user")
+    for number, message in enumerate(resolved, start=1):
+        if message["role"] == "assistant" and not message["content"].strip():
+            raise RowError(f"message {number}, the assistant's, is empty")
+    return Conversation(id=id, messages=resolved, images=images, learned=tuple(role == "assistant" for role in roles))

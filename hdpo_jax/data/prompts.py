@@ -1,0 +1,95 @@
+"""RL prompts out of parquet files in the Metis-RL layout."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hdpo_jax.data.dataset import Dataset, RowError, open_rows, row_images
+from hdpo_jax.data.schemas import IMAGE_MARK, RL_COLUMNS
+from hdpo_jax.types import Prompt
+
+ROLES = ("system", "user", "assistant")
+_COLUMNS = ("data_source", "prompt", "images", "reward_model", "extra_info", "ability", "use_tool")
+
+
+class PromptDataset(Dataset[Prompt]):
+    """The prompts of a parquet file or folder, checked; `report` lists the rows that can not be used.
+
+    Args:
+        path: a parquet file, or a folder of them.
+        max_bad_rows: share of unusable rows past which DataError is raised.
+        progress: called with the rows checked so far and all rows.
+    """
+
+    def __init__(
+        self, path: str | Path, *, max_bad_rows: float = 0.01, progress: Callable[[int, int], None] | None = None
+    ):
+        rows = open_rows(path, _COLUMNS, RL_COLUMNS, "RL prompts")
+        super().__init__(rows, parse_prompt, max_bad_rows=max_bad_rows, progress=progress)
+
+
+def parse_prompt(row: Mapping[str, Any], id: str) -> Prompt:
+    """The prompt in a row. Raises RowError that says why there is none."""
+    images = row_images(row)
+    messages = resolve_marks(row["prompt"], images)
+    if messages[-1]["role"] == "assistant":
+        raise RowError("the last message is the assistant's: nothing is asked")
+    extra = dict(row.get("extra_info") or {})
+    extra |= {name: row[name] for name in ("ability", "use_tool") if row.get(name) is not None}
+    return Prompt(
+        id=id,
+        messages=messages,
+        images=images,
+        ground_truth=_ground_truth(row["reward_model"]),
+        data_source=row.get("data_source") or "unknown",
+        extra=extra,
+    )
+
+
+def resolve_marks(messages: Any, images: Sequence[bytes]) -> list[dict[str, Any]]:
+    """Messages as a chat template takes them: a content with `<image>` marks becomes text and image parts, in order.
+
+    Marks count in system and user messages; what an assistant wrote is text. Raises RowError for anything but
+    a list of {"role", "content"} with something from the user, and where marks and images are not as many.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise RowError("there are no messages")
+    resolved, marks, asked = [], 0, False
+    for number, message in enumerate(messages, start=1):
+        role, content = (message.get("role"), message.get("content")) if isinstance(message, Mapping) else (None, None)
+        if role not in ROLES:
+            raise RowError(f"message {number} has role {role!r}; expected one of {', '.join(ROLES)}")
+        if not isinstance(content, str):
+            raise RowError(f"message {number} has content of type {type(content).__name__}; expected text")
+        asked |= role == "user" and bool(content.strip())
+        if role == "assistant" or IMAGE_MARK not in content:
+            resolved.append({"role": role, "content": content})
+        else:
+            marks += content.count(IMAGE_MARK)
+            resolved.append({"role": role, "content": _parts(content)})
+    if not asked:
+        raise RowError("no user message says anything")
+    if marks != len(images):
+        raise RowError(f"there are {marks} {IMAGE_MARK} marks and {len(images)} images; expected as many")
+    return resolved
+
+
+def _parts(content: str) -> list[dict[str, str]]:
+    first, *others = content.split(IMAGE_MARK)
+    parts = [{"type": "text", "text": first}]
+    for text in others:
+        parts += [{"type": "image"}, {"type": "text", "text": text}]
+    return [part for part in parts if part.get("text") != ""]
+
+
+def _ground_truth(reward_model: Any) -> str | tuple[str, ...]:
+    truth = reward_model.get("ground_truth") if isinstance(reward_model, Mapping) else None
+    if isinstance(truth, int | float) and not isinstance(truth, bool):
+        truth = str(truth)
+    if isinstance(truth, list):
+        truth = tuple(answer for answer in truth if isinstance(answer, str) and answer.strip())
+    elif not isinstance(truth, str) or not truth.strip():
+        truth = ()
+    if not truth:
+        raise RowError("there is no ground truth")
+    return truth

@@ -1,0 +1,1 @@
+"""What a policy can do: evaluation, scoring, conversion and the report page."""

@@ -1,0 +1,108 @@
+"""`hdpo generate`: continue conversations with any Qwen3-VL directory, with or without tools."""
+
+import contextlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.progress import Progress
+
+from hdpo_jax.config import AgentConfig, Dtype, ModelConfig, RolloutConfig, ToolsConfig
+from hdpo_jax.evaluate.messages import Conversation, MessagesError, read_conversations
+from hdpo_jax.files import write_text_atomically
+from hdpo_jax.rollout.agent import Sampler
+from hdpo_jax.tools.protocol import parse_tool_call
+from hdpo_jax.tools.toolbox import ToolBox
+from hdpo_jax.train.policy import Policy, load_policy
+from hdpo_jax.types import Prompt, Trajectory
+from models.qwen3_vl.pixels import load_image
+from sharding.mesh import MeshAxes
+
+SLOTS = 16
+
+
+def generate_file(
+    model: Path,
+    messages: Path,
+    output: Path,
+    *,
+    max_new_tokens: int = 1024,
+    temperature: float = 1.0,
+    tools: ToolsConfig | None = None,
+    seed: int = 0,
+    dtype: Dtype = "bfloat16",
+) -> None:
+    """Writes one JSON object a conversation: text, token_ids, logprobs, stop_reason, tool_calls.
+
+    `token_ids` and `logprobs` are those of the sampled tokens, the closing one included. Without tools, calls are
+    parsed and reported but not run.
+    """
+    conversations = read_conversations(messages)
+    with ToolBox(tools) if tools else contextlib.nullcontext() as toolbox:
+        policy = load_policy(ModelConfig(path=str(model), dtype=dtype), MeshAxes())
+        agent = AgentConfig(max_response_tokens=max_new_tokens, max_calls=10 if tools else 0)
+        rollout = _rollout_for(policy, conversations, max_new_tokens, temperature, with_tools=tools is not None)
+        sampler = Sampler(policy.model, policy.processor, toolbox, agent=agent, rollout=rollout, seed=seed)
+        prompts = [
+            Prompt(
+                id=str(conversation.line),
+                messages=conversation.messages,
+                images=conversation.images,
+                ground_truth="",
+                data_source=str(messages),
+            )
+            for conversation in conversations
+        ]
+        with jax.set_mesh(policy.mesh), Progress() as progress:
+            task = progress.add_task("generate", total=len(prompts))
+            trajectories = sampler.sample(
+                policy.params, prompts, samples=1, step=0, on_finished=lambda _: progress.advance(task)
+            )
+    lines = [json.dumps(_record(trajectory), ensure_ascii=False) for trajectory in trajectories]
+    write_text_atomically(output, "\n".join(lines) + "\n")
+
+
+def _record(trajectory: Trajectory) -> dict[str, Any]:
+    return {
+        "text": trajectory.response_text,
+        "token_ids": trajectory.token_ids[trajectory.sampled].tolist(),
+        "logprobs": trajectory.logprobs[trajectory.sampled].tolist(),
+        "stop_reason": trajectory.stop.value,
+        "tool_calls": [
+            {"name": call.name, "arguments": dict(call.arguments)} | ({"error": call.error} if call.error else {})
+            for call in (parse_tool_call(turn.text) for turn in trajectory.turns if turn.role == "assistant")
+            if call
+        ],
+    }
+
+
+def _rollout_for(
+    policy: Policy, conversations: Sequence[Conversation], new_tokens: int, temperature: float, *, with_tools: bool
+) -> RolloutConfig:
+    """Static shapes that fit these conversations: the next powers of two, text and images apart."""
+    sizes = []
+    for conversation in conversations:
+        images = [load_image(image) for image in conversation.images]
+        try:
+            encoded = policy.processor.encode_messages(conversation.messages, images)
+        except ValueError as error:
+            raise MessagesError(f"line {conversation.line}: {error}") from error
+        sizes.append((len(encoded.token_ids), sum(len(image.patches) for image in encoded.images)))
+    shapes = {(_power_of_two(tokens), _power_of_two(patches) if patches else 0) for tokens, patches in sizes}
+    merge = policy.model.config.vision.spatial_merge_size**2
+    room = _power_of_two(new_tokens)
+    return RolloutConfig(
+        slots=min(SLOTS, len(conversations)),
+        capacity=max(tokens for tokens, _ in sizes) + new_tokens,
+        prefill_rows=min(4, len(conversations)),
+        append_rows=min(4, len(conversations)),
+        temperature=temperature,
+        prompt_shapes=tuple(sorted(shapes)),
+        observation_shapes=((room, 0), (room, merge * room)) if with_tools else ((64, 0),),
+    )
+
+
+def _power_of_two(size: int, least: int = 64) -> int:
+    return max(least, 1 << (size - 1).bit_length())

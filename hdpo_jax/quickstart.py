@@ -1,0 +1,158 @@
+"""The whole method on a laptop: built-in data, cold start, HDPO, evaluation, report, export. `hdpo quickstart`."""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from configs import signs_hdpo, signs_read, signs_sft
+from hdpo_jax.config import RLConfig, SFTConfig, ToolsConfig
+from hdpo_jax.data.prompts import PromptDataset
+from hdpo_jax.data.signs import SignsConfig, cold_start_texts, write_signs
+from hdpo_jax.data.tiny_checkpoint import write_tiny_checkpoint
+from hdpo_jax.evaluate.convert import export_hf
+from hdpo_jax.evaluate.report import write_report
+from hdpo_jax.evaluate.runner import evaluate_policy
+from hdpo_jax.files import write_text_atomically
+from hdpo_jax.rollout.agent import Sampler
+from hdpo_jax.tools.toolbox import ToolBox
+from hdpo_jax.train.compilations import CompilationCounter
+from hdpo_jax.train.loop import RunResult
+from hdpo_jax.train.policy import load_policy
+from hdpo_jax.train.rl import train_rl
+from hdpo_jax.train.sft import train_sft
+
+Result = TypeVar("Result")
+Config = TypeVar("Config", SFTConfig, RLConfig)
+
+SHOWN = {
+    "accuracy": "accuracy",
+    "accuracy_legible": "  legible signs",
+    "accuracy_illegible": "  illegible signs",
+    "redundant_tool_rate": "redundant calls (legible)",
+    "needed_tool_rate": "needed calls (illegible)",
+    "calls_per_rollout": "calls a question",
+}
+
+
+class Interrupted(RuntimeError):
+    """A stage was told to stop; the same command goes on from its checkpoint."""
+
+
+def run(out: Path, seed: int, tools: ToolsConfig) -> Mapping[str, Any]:
+    """Every stage in turn, each skipped or resumed where `out` already holds it. Returns the summary."""
+    console = Console()
+    started = time.perf_counter()
+    seconds: dict[str, float] = {}
+    data, random, report = out / "data", out / "random", out / "report.html"
+
+    # What can refuse does so first: nothing is trained before the sandbox is known to work.
+    with ToolBox(tools) as toolbox:
+        with console.status("drawing signs"):
+            _stage(seconds, "data", lambda: _make_task(data, random, seed))
+        read, sft, hdpo = _configs(out, seed, tools)
+        results = [
+            _stage(seconds, "read", lambda: _trained(train_sft(read, title="1/3 learn to read"), read)),
+            _stage(seconds, "sft", lambda: _trained(train_sft(sft, title="2/3 cold start"), sft)),
+            _stage(seconds, "rl", lambda: _trained(train_rl(hdpo, title="3/3 HDPO"), hdpo)),
+        ]
+        scores, compiled = _stage(seconds, "eval", lambda: _compare(out, sft, hdpo, toolbox, seed))
+
+    summary = {
+        "cold_start": scores["cold_start"],
+        "hdpo": scores["hdpo"],
+        "hf_export": str(out / "hdpo" / "hf"),
+        "seconds": seconds | {"total": time.perf_counter() - started},
+        "compilations_after_warmup": compiled + sum(result.compilations_after_warmup for result in results),
+        "seed": seed,
+    }
+    write_text_atomically(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write_report(out)
+    console.print(_table(summary))
+    console.print(f"report         {report}")
+    console.print(f"the policy     {summary['hf_export']}  (HF format)")
+    console.print("load it with   transformers.AutoModelForImageTextToText.from_pretrained(…), or")
+    console.print(f"               hdpo generate --model {summary['hf_export']} --messages IN.jsonl --output OUT.jsonl")
+    return summary
+
+
+def _stage(seconds: dict[str, float], name: str, work: Callable[[], Result]) -> Result:
+    started = time.perf_counter()
+    result = work()
+    seconds[name] = time.perf_counter() - started
+    return result
+
+
+def _make_task(data: Path, random: Path, seed: int) -> None:
+    """Boards, conversations and a random model; each is whole or absent, so a second run keeps what is there."""
+    files = write_signs(data, SignsConfig(), seed=seed, workers=2)
+    write_tiny_checkpoint(random, seed=seed, corpus=cold_start_texts(files.cold_start))
+
+
+def _configs(out: Path, seed: int, tools: ToolsConfig) -> tuple[SFTConfig, SFTConfig, RLConfig]:
+    """The three runs of configs/signs_*.py, moved to `out`, with one seed for all."""
+
+    def moved(config: Config, name: str, start: str, file: str) -> Config:
+        return replace(
+            config,
+            output=str(out / name),
+            model=replace(config.model, path=str(out / start)),
+            data=replace(config.data, path=str(out / "data" / file)),
+            train=replace(config.train, seed=seed),
+        )
+
+    hdpo = moved(signs_hdpo.get_config(), "hdpo", "sft/hf", "train.parquet")
+    return (
+        moved(signs_read.get_config(), "read", "random", "cold_start_0.parquet"),
+        moved(signs_sft.get_config(), "sft", "read/hf", "cold_start_1.parquet"),
+        replace(hdpo, tools=tools),
+    )
+
+
+def _trained(result: RunResult, config: SFTConfig | RLConfig) -> RunResult:
+    """The result of a finished run, its policy exported to `hf` beside its checkpoints."""
+    if not result.finished:
+        raise Interrupted(f"stopped at step {result.steps} of {config.output}; the same command goes on from there")
+    export_hf(Path(config.output), Path(config.output) / "hf")
+    return result
+
+
+def _compare(
+    out: Path, sft: SFTConfig, hdpo: RLConfig, toolbox: ToolBox, seed: int
+) -> tuple[dict[str, dict[str, float]], int]:
+    """Held-out results before and after HDPO, and how many programs were compiled after warm-up."""
+    compilations = CompilationCounter()
+    prompts = list(PromptDataset(out / "data" / "test.parquet"))
+    sampler, warm, scores = None, 0, {}
+    for name, config in (("cold_start", sft), ("hdpo", hdpo)):
+        policy = load_policy(replace(config.model, path=f"{config.output}/hf"), config.mesh)
+        with jax.set_mesh(policy.mesh):
+            if sampler is None:
+                sampler = Sampler(
+                    policy.model, policy.processor, toolbox, agent=hdpo.agent, rollout=hdpo.rollout, seed=seed
+                )
+                sampler.warm_up(policy.params)
+                warm = compilations.count
+            scores[name] = evaluate_policy(
+                sampler,
+                policy.params,
+                prompts,
+                out / "evaluation" / f"{name}.jsonl",
+                title=f"evaluate {name.replace('_', ' ')}",
+            )
+    return scores, compilations.count - warm
+
+
+def _table(summary: Mapping[str, Any]) -> Table:
+    table = Table(title="held-out signs, one sampled answer each")
+    for column, justify in (("", "left"), ("cold start", "right"), ("HDPO", "right")):
+        table.add_column(column, justify=justify)
+    for key, label in SHOWN.items():
+        table.add_row(label, f"{summary['cold_start'][key]:.3f}", f"{summary['hdpo'][key]:.3f}")
+    return table

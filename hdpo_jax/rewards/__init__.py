@@ -1,0 +1,31 @@
+"""Rewards: is the answer right, does the response keep to the protocol, how many tool calls did it take."""
+
+from hdpo_jax.rewards.answer import answer_matches, extract_answer, judge_by_rules
+from hdpo_jax.rewards.efficiency import tool_reward
+from hdpo_jax.rewards.format import format_reward
+from hdpo_jax.rewards.verdict import (
+    RULES,
+    Verdict,
+    Verifier,
+    VerifierOutage,
+    accuracy_reward,
+    is_correct,
+    score_response,
+    score_trajectory,
+)
+
+__all__ = [
+    "RULES",
+    "Verdict",
+    "Verifier",
+    "VerifierOutage",
+    "accuracy_reward",
+    "answer_matches",
+    "extract_answer",
+    "format_reward",
+    "is_correct",
+    "judge_by_rules",
+    "score_response",
+    "score_trajectory",
+    "tool_reward",
+]

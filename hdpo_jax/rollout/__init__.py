@@ -1,0 +1,1 @@
+"""Sampling trajectories: pure jitted programs on the device, tools and bookkeeping on the host."""

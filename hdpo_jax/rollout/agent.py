@@ -1,0 +1,489 @@
+"""The host's side of a rollout: fills slots, runs tool calls in a pool, appends what they return.
+
+The loop never waits for a tool while a slot can decode, and never decodes and re-encodes what the policy wrote.
+A trajectory depends on its prompt, its identity (seed, step, prompt, sample) and its tools alone: not on its
+slot, its neighbours, the chunk size or how long a tool took.
+"""
+
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field, replace
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Int
+
+from hdpo_jax.config import AgentConfig, RolloutConfig
+from hdpo_jax.rollout.engine import Admission, Chunk, Extension, Programs, make_programs
+from hdpo_jax.tools.protocol import parse_tool_call
+from hdpo_jax.tools.toolbox import Session, ToolBox
+from hdpo_jax.types import Observation, Prompt, StopReason, ToolCall, Trajectory, Turn
+from models.qwen3_vl import EncodedImage, KVCache, PackedImages, Qwen3VL
+from models.qwen3_vl.images import feature_indices, mrope_positions, pack_images
+from models.qwen3_vl.processing import Processor, load_image
+
+ENCODERS = 2
+"""Threads that encode prompts where there are no tools to run."""
+
+
+class PromptTooLong(ValueError):
+    """A prompt has more tokens or image patches than any of `rollout.prompt_shapes` holds."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Question:
+    """A prompt as the model gets it, one for all the rollouts of its group."""
+
+    prompt: Prompt
+    group: int
+    token_ids: Int[np.ndarray, " tokens"]
+    positions: Int[np.ndarray, "tokens 3"]
+    images: Sequence[EncodedImage]
+    shape: tuple[int, int]
+    """Static tokens and patches that it is padded to."""
+
+
+@dataclass(kw_only=True)
+class _Live:
+    """A trajectory under way."""
+
+    question: _Question
+    sample: int
+    slot: int
+    limit: int
+    token_ids: list[int]
+    sampled: list[bool]
+    logprobs: list[float]
+    images: list[EncodedImage]
+    offset: int
+    turn_start: int
+    turns: list[Turn] = field(default_factory=list)
+    calls: int = 0
+    session: Session | None = None
+
+    @property
+    def length(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Answer:
+    """A tool's observation with its images encoded, ready to append."""
+
+    observation: Observation
+    images: Sequence[EncodedImage]
+
+
+_Pending = tuple[_Live, Int[np.ndarray, " tokens"], Sequence[EncodedImage]]
+"""A trajectory, and the observation to append to it: token ids and images."""
+
+
+@dataclass
+class RolloutStats:
+    """Where the time of one `sample` call went, in seconds, and what came of it."""
+
+    decode_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    append_seconds: float = 0.0
+    wait_seconds: float = 0.0
+    sampled_tokens: int = 0
+    decode_steps: int = 0
+    slot_steps: int = 0
+    """Decode steps times slots: what could have been sampled."""
+
+
+class Sampler:
+    """Samples trajectories from a policy whose parameters are given at each call.
+
+    Without a toolbox a `</tool_call>` does not stop a turn and nothing is executed.
+    """
+
+    def __init__(
+        self,
+        model: Qwen3VL,
+        processor: Processor,
+        toolbox: ToolBox | None,
+        *,
+        agent: AgentConfig,
+        rollout: RolloutConfig,
+        seed: int,
+    ):
+        self._processor = processor
+        self._toolbox = toolbox
+        self._agent = agent
+        self._config = rollout
+        stop_ids = list(processor.stop_ids) + ([processor.tool_call_end_id] if toolbox else [])
+        graphdef, _ = nnx.split(model)
+        self._programs: Programs = make_programs(
+            graphdef,
+            model.config,
+            rollout,
+            seed=seed,
+            stop_ids=stop_ids,
+            forbidden=processor.forbidden,
+            dtype=model.dtype,
+        )
+        self._state = self._programs.empty_state()
+        self.stats = RolloutStats()
+
+    def sample(
+        self,
+        params: nnx.State,
+        prompts: Sequence[Prompt],
+        *,
+        samples: int,
+        step: int,
+        first_prompt: int = 0,
+        on_finished: Callable[[Trajectory], None] | None = None,
+    ) -> list[Trajectory]:
+        """`samples` trajectories a prompt, in the order of prompts and samples.
+
+        `step` and `first_prompt` number this call's trajectories in the run: the same numbers give the same
+        randomness. `on_finished` hears of each trajectory as it ends.
+        """
+        run = _Run(self, params, prompts, samples, step, first_prompt, on_finished)
+        with ThreadPoolExecutor(run.workers, thread_name_prefix="tool") as pool:
+            try:
+                return run.to_the_end(pool)
+            finally:
+                self.stats = run.stats
+                run.close()
+
+    def warm_up(self, params: nnx.State) -> None:
+        """Compiles every program for every static shape, so that nothing compiles later."""
+        config, processor = self._config, self._processor
+        nobody = np.full(config.slots, -1, np.int32)
+        for tokens, patches in config.prompt_shapes:
+            ids = np.zeros((config.prefill_rows, tokens), np.int32)
+            images = _packed(processor, [()] * config.prefill_rows, ids, patches)
+            prompts = self._programs.prefill(params, ids, np.zeros((*ids.shape, 3), np.int32), images)
+            self._state = self._programs.fork(self._state, prompts, _admission(nobody))
+        for tokens, patches in config.observation_shapes:
+            extension = _extension(config.append_rows, tokens, config.slots)
+            images = _packed(processor, [()] * config.append_rows, extension.token_ids, patches)
+            self._state = self._programs.append(params, self._state, extension, images)
+        self._state, chunk = self._programs.decode(params, self._state)
+        jax.block_until_ready(chunk)
+
+
+class _Run:
+    """One `sample` call: the queue of prompts, the live slots, the tool calls under way."""
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        params: nnx.State,
+        prompts: Sequence[Prompt],
+        samples: int,
+        step: int,
+        first_prompt: int,
+        on_finished: Callable[[Trajectory], None] | None,
+    ):
+        self._sampler = sampler
+        self._params = params
+        self._prompts = prompts
+        self._samples = samples
+        self._step = step
+        self._first_prompt = first_prompt
+        self._on_finished = on_finished
+        self._config = sampler._config
+        self._agent = sampler._agent
+        self._processor = sampler._processor
+        self._programs = sampler._programs
+        self._to_prefill: deque[int] = deque(range(len(prompts)))
+        self._encoded: list[_Question] = []
+        self._prefilled: KVCache | None = None
+        self._to_fork: deque[tuple[int, _Question, int]] = deque()
+        self._free = list(range(self._config.slots))[::-1]
+        self._live: dict[int, _Live] = {}
+        self._decoding: set[int] = set()
+        self._calls: dict[Future[_Answer], _Live] = {}
+        self._to_append: defaultdict[tuple[int, int], list[_Pending]] = defaultdict(list)
+        self._finished: list[Trajectory] = []
+        self.stats = RolloutStats()
+
+    @property
+    def workers(self) -> int:
+        toolbox = self._sampler._toolbox
+        return toolbox.workers if toolbox else ENCODERS
+
+    def to_the_end(self, pool: ThreadPoolExecutor) -> list[Trajectory]:
+        while self._to_prefill or self._encoded or self._to_fork or self._live:
+            self._collect_answers()
+            self._append()
+            self._admit(pool)
+            if self._decoding:
+                self._decode(pool)
+            elif self._calls:
+                started = time.perf_counter()
+                wait(self._calls, return_when=FIRST_COMPLETED)
+                self.stats.wait_seconds += time.perf_counter() - started
+        return sorted(self._finished, key=lambda trajectory: (trajectory.group, trajectory.sample))
+
+    def close(self) -> None:
+        """Frees what an interrupted run still holds; its slots are simply reused."""
+        for live in self._live.values():
+            if live.session:
+                live.session.close()
+
+    # Prompts into slots
+
+    def _admit(self, pool: ThreadPoolExecutor) -> None:
+        while self._free and (self._to_fork or self._encoded or self._to_prefill):
+            if not self._to_fork:
+                self._prefill(pool)
+            self._fork()
+
+    def _prefill(self, pool: ThreadPoolExecutor) -> None:
+        started = time.perf_counter()
+        rows = self._config.prefill_rows
+        more = min(rows - len(self._encoded), len(self._to_prefill))
+        self._encoded.extend(pool.map(self._encode, [self._to_prefill.popleft() for _ in range(more)]))
+        tokens, patches = shape = self._encoded[0].shape
+        questions = [question for question in self._encoded if question.shape == shape][:rows]
+        self._encoded = [question for question in self._encoded if question not in questions]
+        token_ids = np.zeros((rows, tokens), np.int32)
+        positions = np.zeros((rows, tokens, 3), np.int32)
+        for row, question in enumerate(questions):
+            held = len(question.token_ids) - 1
+            token_ids[row, :held] = question.token_ids[:-1]
+            positions[row, :held] = question.positions[:-1]
+        images = _packed(self._processor, [question.images for question in questions], token_ids, patches)
+        self._prefilled = self._programs.prefill(self._params, token_ids, positions, images)
+        for row, question in enumerate(questions):
+            self._to_fork.extend((row, question, sample) for sample in range(self._samples))
+        self.stats.prefill_seconds += time.perf_counter() - started
+
+    def _encode(self, index: int) -> _Question:
+        prompt = self._prompts[index]
+        images = [load_image(image) for image in prompt.images]
+        encoded = self._processor.encode_messages(prompt.messages, images)
+        positions, _ = mrope_positions(
+            encoded.token_ids, [image.grid for image in encoded.images], self._processor.config
+        )
+        tokens, patches = len(encoded.token_ids), _patches(encoded.images)
+        shapes = self._config.prompt_shapes
+        shape = _shape_for(shapes, tokens - 1, patches)
+        if tokens >= self._config.capacity or shape is None:
+            raise PromptTooLong(
+                f"prompt {prompt.id} has {tokens} tokens and {patches} image patches; expected at most one of "
+                f"rollout.prompt_shapes {list(shapes)} and fewer than rollout.capacity {self._config.capacity} tokens"
+            )
+        return _Question(
+            prompt=prompt,
+            group=index,
+            token_ids=encoded.token_ids,
+            positions=positions,
+            images=encoded.images,
+            shape=shape,
+        )
+
+    def _fork(self) -> None:
+        admission = _admission(np.full(self._config.slots, -1, np.int32))
+        for _ in range(min(len(self._free), len(self._to_fork))):
+            slot = self._free.pop()
+            row, question, sample = self._to_fork.popleft()
+            length = len(question.token_ids)
+            limit = min(self._config.capacity, length + self._agent.max_response_tokens)
+            offset = int(question.positions[-1, 0]) - (length - 1)
+            admission.source[slot] = row
+            admission.pending[slot] = question.token_ids[-1]
+            admission.length[slot] = length
+            admission.limit[slot] = limit
+            admission.offset[slot] = offset
+            admission.identity[slot] = (self._step, self._first_prompt + question.group, sample)
+            self._live[slot] = _Live(
+                question=question,
+                sample=sample,
+                slot=slot,
+                limit=limit,
+                token_ids=question.token_ids.tolist(),
+                sampled=[False] * length,
+                logprobs=[0.0] * length,
+                images=list(question.images),
+                offset=offset,
+                turn_start=length,
+            )
+            self._decoding.add(slot)
+        assert self._prefilled is not None
+        self._sampler._state = self._programs.fork(self._sampler._state, self._prefilled, admission)
+
+    # Generation
+
+    def _decode(self, pool: ThreadPoolExecutor) -> None:
+        started = time.perf_counter()
+        self._sampler._state, chunk = self._programs.decode(self._params, self._sampler._state)
+        chunk = Chunk(*jax.device_get(chunk))
+        self.stats.decode_seconds += time.perf_counter() - started
+        counts = (chunk.tokens >= 0).sum(axis=1)
+        self.stats.decode_steps += int(counts.max())
+        self.stats.slot_steps += int(counts.max()) * self._config.slots
+        self.stats.sampled_tokens += int(counts.sum())
+        for slot in sorted(self._decoding):
+            live, count = self._live[slot], counts[slot]
+            live.token_ids.extend(chunk.tokens[slot, :count].tolist())
+            live.logprobs.extend(chunk.logprobs[slot, :count].tolist())
+            live.sampled.extend([True] * int(count))
+            if not chunk.active[slot]:
+                self._decoding.discard(slot)
+                self._end_turn(live, pool)
+
+    def _end_turn(self, live: _Live, pool: ThreadPoolExecutor) -> None:
+        last = live.token_ids[-1]
+        text = self._processor.decode(live.token_ids[live.turn_start :])
+        live.turns.append(Turn(role="assistant", text=text))
+        if last in self._processor.stop_ids:
+            self._finish(live, StopReason.END_OF_TURN)
+        elif last != self._processor.tool_call_end_id or live.length >= live.limit:
+            self._finish(live, StopReason.TOKEN_BUDGET)
+        elif live.calls >= self._agent.max_calls:
+            self._finish(live, StopReason.CALL_LIMIT)
+        else:
+            live.calls += 1
+            call = parse_tool_call(text) or ToolCall(
+                name="", arguments={}, error="there is a </tool_call> but no <tool_call> before it"
+            )
+            self._calls[pool.submit(self._run_call, live, call)] = live
+
+    # Tools
+
+    def _run_call(self, live: _Live, call: ToolCall) -> _Answer:
+        toolbox = self._sampler._toolbox
+        assert toolbox is not None
+        if live.session is None:
+            live.session = toolbox.session(live.question.prompt.images)
+        observation = live.session.call(call)
+        return self._answer(observation)
+
+    def _answer(self, observation: Observation) -> _Answer:
+        """The observation as the model gets it; an image of a shape that it can not take is named and left out."""
+        images, encoded, refused = [], [], []
+        for image in observation.images:
+            try:
+                encoded.append(self._processor.encode_image(image))
+                images.append(image)
+            except ValueError as error:
+                refused.append(f"[image left out: {error}]")
+        if refused:
+            text = "\n".join(filter(None, [observation.text, *refused]))
+            observation = replace(observation, text=text, images=tuple(images))
+        return _Answer(observation=observation, images=encoded)
+
+    def _collect_answers(self) -> None:
+        for future in [future for future in self._calls if future.done()]:
+            live = self._calls.pop(future)
+            answer = future.result()
+            if answer.observation.lost:
+                self._finish(live, StopReason.DROPPED)
+            else:
+                self._observe(live, answer)
+
+    def _observe(self, live: _Live, answer: _Answer) -> None:
+        turn, kept = self._processor.observation_turn(
+            answer.observation.text, answer.images, self._agent.max_observation_tokens
+        )
+        ids = np.concatenate([self._processor.close_turn, turn])
+        images = answer.images[:kept]
+        shown = tuple(answer.observation.images)[:kept]
+        live.turns.append(Turn(role="tool", text=answer.observation.text, images=shown))
+        shape = _shape_for(self._config.observation_shapes, len(ids), _patches(images))
+        if shape and live.length + len(ids) < live.limit:
+            self._to_append[shape].append((live, ids, images))
+        else:
+            self._finish(live, StopReason.TOKEN_BUDGET)
+
+    def _append(self) -> None:
+        started = time.perf_counter()
+        for shape, waiting in self._to_append.items():
+            for first in range(0, len(waiting), self._config.append_rows):
+                self._append_batch(waiting[first : first + self._config.append_rows], *shape)
+        self._to_append.clear()
+        self.stats.append_seconds += time.perf_counter() - started
+
+    def _append_batch(self, batch: Sequence[_Pending], tokens: int, patches: int) -> None:
+        extension = _extension(self._config.append_rows, tokens, self._config.slots)
+        for row, (live, ids, images) in enumerate(batch):
+            count = len(ids)
+            start = live.length + live.offset
+            grids = [image.grid for image in images]
+            positions, _ = mrope_positions(ids, grids, self._processor.config, start=start)
+            extension.slots[row] = live.slot
+            extension.token_ids[row, :count] = [live.token_ids[-1], *ids[:-1]]
+            extension.positions[row, 0] = start - 1
+            extension.positions[row, 1:count] = positions[:-1]
+            extension.pending[row] = ids[-1]
+            extension.added[row] = count
+            live.token_ids.extend(ids.tolist())
+            live.sampled.extend([False] * count)
+            live.logprobs.extend([0.0] * count)
+            live.images.extend(images)
+            live.offset = int(positions[-1, 0]) - (live.length - 1)
+            live.turn_start = live.length
+            extension.offset[row] = live.offset
+            self._decoding.add(live.slot)
+        rows = [images for _, _, images in batch]
+        packed = _packed(self._processor, rows, extension.token_ids, patches)
+        self._sampler._state = self._programs.append(self._params, self._sampler._state, extension, packed)
+
+    def _finish(self, live: _Live, stop: StopReason) -> None:
+        if live.session:
+            live.session.close()
+        del self._live[live.slot]
+        self._free.append(live.slot)
+        trajectory = Trajectory(
+            prompt=live.question.prompt,
+            group=live.question.group,
+            sample=live.sample,
+            token_ids=np.asarray(live.token_ids, np.int32),
+            sampled=np.asarray(live.sampled, bool),
+            logprobs=np.asarray(live.logprobs, np.float32),
+            prompt_length=len(live.question.token_ids),
+            images=live.images,
+            prompt_images=len(live.question.images),
+            turns=live.turns,
+            calls=live.calls,
+            stop=stop,
+        )
+        self._finished.append(trajectory)
+        if self._on_finished:
+            self._on_finished(trajectory)
+
+
+def _patches(images: Sequence[EncodedImage]) -> int:
+    return sum(len(image.patches) for image in images)
+
+
+def _shape_for(shapes: Sequence[tuple[int, int]], tokens: int, patches: int) -> tuple[int, int] | None:
+    """The first static shape that holds so many tokens and patches."""
+    return next((shape for shape in shapes if tokens <= shape[0] and patches <= shape[1]), None)
+
+
+def _packed(
+    processor: Processor,
+    rows: Sequence[Sequence[EncodedImage]],
+    token_ids: Int[np.ndarray, "rows tokens"],
+    patches: int,
+) -> PackedImages | None:
+    """Images for a padded batch, placed at the rows' placeholder tokens; None where the shape has no room for any."""
+    if not patches:
+        return None
+    padded = [*rows, *[()] * (len(token_ids) - len(rows))]
+    index = np.stack([feature_indices(ids, processor.config.image_token_id) for ids in token_ids])
+    return pack_images(processor.config, padded, index, patches)
+
+
+def _admission(source: Int[np.ndarray, " slots"]) -> Admission:
+    slots = len(source)
+    pending, length, limit, offset = (np.zeros(slots, np.int32) for _ in range(4))
+    return Admission(source, pending, length, limit, offset, np.zeros((slots, 3), np.int32))
+
+
+def _extension(rows: int, tokens: int, slots: int) -> Extension:
+    pending, added, offset = (np.zeros(rows, np.int32) for _ in range(3))
+    nobody = np.full(rows, slots, np.int32)
+    return Extension(
+        nobody, np.zeros((rows, tokens), np.int32), np.zeros((rows, tokens, 3), np.int32), pending, added, offset
+    )

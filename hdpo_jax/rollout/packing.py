@@ -1,0 +1,212 @@
+"""Trajectories -> packed rows of fixed size, each prompt once a row however many of its rollouts stand there.
+
+A row is laid out as  [prompt without its last token][response 1][response 2]…[next prompt]…  where a response
+segment begins with the prompt's last token: that token predicts the response's first one. Responses see their
+prompt and themselves (`PackedRows.prefix_ids`), so packed and unpacked rows give the same numbers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from hdpo_jax.types import PackedRows, Trajectory
+from models.qwen3_vl import EncodedImage, Qwen3VLConfig
+from models.qwen3_vl.images import mrope_positions, pack_images
+
+
+class PackingError(ValueError):
+    """A segment does not fit an empty row."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """A stretch of tokens that sees itself and its family's prefix; arrays over its input positions."""
+
+    token_ids: Int[np.ndarray, " tokens"]
+    positions: Int[np.ndarray, "tokens 3"]
+    targets: Int[np.ndarray, " tokens"]
+    loss_mask: Bool[np.ndarray, " tokens"]
+    logprobs: Float[np.ndarray, " tokens"]
+    rollout: int
+    images: Sequence[EncodedImage]
+
+    @property
+    def tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def patches(self) -> int:
+        return sum(len(image.patches) for image in self.images)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """Segments that share a prefix: a prompt and its rollouts, or one conversation alone."""
+
+    prefix: Segment | None
+    segments: Sequence[Segment]
+
+
+@dataclass
+class _Row:
+    tokens: int = 0
+    patches: int = 0
+    members: dict[int, list[Segment]] = field(default_factory=dict)
+    """Family index -> its segments in this row; the family's prefix comes first."""
+
+
+class RowShape(NamedTuple):
+    """Static sizes of a row."""
+
+    tokens: int
+    patches: int
+
+
+def group_family(group: Sequence[Trajectory], first_rollout: int, config: Qwen3VLConfig) -> Family:
+    """A group's rollouts as segments behind their prompt. `first_rollout` is the flat index of sample 0."""
+    lead = group[0]
+    last = lead.prompt_length - 1
+    segments = []
+    for trajectory in group:
+        ids = trajectory.token_ids
+        positions, _ = mrope_positions(ids, [image.grid for image in trajectory.images], config)
+        segments.append(
+            Segment(
+                token_ids=ids[last:-1],
+                positions=positions[last:-1],
+                targets=ids[last + 1 :],
+                loss_mask=trajectory.sampled[last + 1 :],
+                logprobs=trajectory.logprobs[last + 1 :],
+                rollout=first_rollout + trajectory.sample,
+                images=trajectory.images[trajectory.prompt_images :],
+            )
+        )
+    images = lead.images[: lead.prompt_images]
+    positions, _ = mrope_positions(lead.token_ids[:last], [image.grid for image in images], config)
+    prefix = Segment(
+        token_ids=lead.token_ids[:last],
+        positions=positions,
+        targets=lead.token_ids[1 : last + 1],
+        loss_mask=np.zeros(last, bool),
+        logprobs=np.zeros(last, np.float32),
+        rollout=0,
+        images=images,
+    )
+    return Family(prefix=prefix, segments=segments)
+
+
+def conversation_family(
+    token_ids: Int[np.ndarray, " tokens"],
+    learned: Bool[np.ndarray, " tokens"],
+    images: Sequence[EncodedImage],
+    config: Qwen3VLConfig,
+) -> Family:
+    """One conversation as a segment of its own; `learned` marks the tokens whose prediction counts."""
+    positions, _ = mrope_positions(token_ids, [image.grid for image in images], config)
+    segment = Segment(
+        token_ids=token_ids[:-1],
+        positions=positions[:-1],
+        targets=token_ids[1:],
+        loss_mask=learned[1:],
+        logprobs=np.zeros(len(token_ids) - 1, np.float32),
+        rollout=0,
+        images=images,
+    )
+    return Family(prefix=None, segments=[segment])
+
+
+def assign_rows(families: Sequence[Family], shape: RowShape) -> list[list[tuple[Segment | None, list[Segment]]]]:
+    """First-fit-decreasing: families by size, each segment into the first row that holds it and its prefix."""
+
+    def size(family: Family) -> int:
+        return sum(segment.tokens for segment in family.segments)
+
+    rows: list[_Row] = []
+    for index in sorted(range(len(families)), key=lambda i: -size(families[i])):
+        family = families[index]
+        for segment in sorted(family.segments, key=lambda segment: -segment.tokens):
+            _place(rows, index, family.prefix, segment, shape)
+    return [[(families[index].prefix, segments) for index, segments in row.members.items()] for row in rows]
+
+
+def _place(rows: list[_Row], index: int, prefix: Segment | None, segment: Segment, shape: RowShape) -> None:
+    prefix_tokens, prefix_patches = (prefix.tokens, prefix.patches) if prefix else (0, 0)
+
+    def cost(row: _Row) -> tuple[int, int]:
+        new = index not in row.members
+        return segment.tokens + new * prefix_tokens, segment.patches + new * prefix_patches
+
+    def fits(row: _Row) -> bool:
+        tokens, patches = cost(row)
+        return row.tokens + tokens <= shape.tokens and row.patches + patches <= shape.patches
+
+    def beside_its_family(row: _Row) -> bool:
+        return index not in row.members
+
+    row = next((row for row in sorted(rows, key=beside_its_family) if fits(row)), None)
+    if row is None:
+        row = _Row()
+        if not fits(row):
+            tokens, patches = cost(row)
+            raise PackingError(
+                f"a segment of {tokens} tokens and {patches} image patches does not fit a row of {shape.tokens} "
+                f"and {shape.patches}; raise train.row_tokens or train.row_patches"
+            )
+        rows.append(row)
+    tokens, patches = cost(row)
+    row.tokens += tokens
+    row.patches += patches
+    row.members.setdefault(index, []).append(segment)
+
+
+def fill_rows(
+    rows: Sequence[Sequence[tuple[Segment | None, list[Segment]]]],
+    count: int,
+    shape: RowShape,
+    config: Qwen3VLConfig,
+) -> PackedRows:
+    """The assigned rows as arrays of `count` rows; rows past the assigned ones are padding."""
+    size = (count, shape.tokens)
+    token_ids, targets, segment_ids, prefix_ids, rollout = (np.zeros(size, np.int32) for _ in range(5))
+    positions = np.zeros((*size, 3), np.int32)
+    loss_mask = np.zeros(size, bool)
+    logprobs = np.zeros(size, np.float32)
+    feature_index = np.full(size, -1, np.int32)
+    images: list[list[EncodedImage]] = [[] for _ in range(count)]
+    merge = config.vision.spatial_merge_size**2
+
+    for r, families in enumerate(rows):
+        cursor, number, features = 0, 0, 0
+
+        for prefix, segments in families:
+            prefix_number = number + 1 if prefix else 0
+            for segment in [prefix, *segments] if prefix else segments:
+                number += 1
+                at = slice(cursor, cursor + segment.tokens)
+                token_ids[r, at] = segment.token_ids
+                positions[r, at] = segment.positions
+                targets[r, at] = segment.targets
+                loss_mask[r, at] = segment.loss_mask
+                logprobs[r, at] = np.where(segment.loss_mask, segment.logprobs, 0.0)
+                rollout[r, at] = np.where(segment.loss_mask, segment.rollout, 0)
+                segment_ids[r, at] = number
+                prefix_ids[r, at] = prefix_number or number
+                if segment.images:
+                    places = np.flatnonzero(segment.token_ids == config.image_token_id) + cursor
+                    feature_index[r, places] = features + np.arange(len(places))
+                    features += segment.patches // merge
+                    images[r].extend(segment.images)
+                cursor += segment.tokens
+
+    packed = pack_images(config, images, feature_index, shape.patches) if shape.patches else None
+    return PackedRows(token_ids, positions, segment_ids, prefix_ids, targets, loss_mask, rollout, logprobs, packed)
+
+
+def padding_share(rows: PackedRows) -> float:
+    """Share of the tokens in rows in use that are padding."""
+    held = np.asarray(rows.segment_ids) > 0
+    used = held.any(axis=-1)
+    return float(1.0 - held[used].mean()) if used.any() else 0.0

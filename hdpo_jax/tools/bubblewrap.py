@@ -1,0 +1,114 @@
+"""The command line of the sandbox: what bubblewrap shows of the host, read-only, and nothing else."""
+
+import importlib.util
+import os
+import shutil
+import site
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from hdpo_jax.config import ConfigError
+
+KERNEL = Path(__file__).parent / "kernel"
+KERNEL_INSIDE = "/kernel/kernel"
+NEEDED = ("numpy", "PIL", "IPython", "matplotlib")
+SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
+SETTINGS = ("/etc/ld.so.cache", "/etc/alternatives", "/etc/fonts", "/etc/localtime")
+DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
+INSTALL = "install it (apt-get install bubblewrap) or, for code that you trust, pass --tools.sandbox none"
+
+
+def python_folders() -> tuple[Path, ...]:
+    """The folders that hold this Python and its packages, without those that others contain."""
+    found = {Path(sys.prefix), Path(sys.base_prefix), Path(sys.exec_prefix)}
+    for name in NEEDED:
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:
+            raise ConfigError(f"the python tool needs {name}, which is not installed (pip install {name})")
+        found.add(Path(spec.origin).parent.parent)
+    folders = {path.resolve() for path in found} | {path.absolute() for path in found}
+    homes = {Path(os.path.expanduser("~")).resolve(), Path("/")}
+    for folder in folders:
+        if any(home.is_relative_to(folder) for home in homes):
+            raise ConfigError(f"Python is installed in {folder}, which would show the home directory; use a virtualenv")
+    inside = [Path(path) for path in SYSTEM]
+    roots = [folder for folder in folders if not any(folder.is_relative_to(path) for path in inside)]
+    return tuple(sorted(r for r in roots if not any(r != other and r.is_relative_to(other) for other in roots)))
+
+
+def search_path() -> list[str]:
+    """Where the session's Python finds packages, beside its standard library."""
+    visible = [*python_folders(), *(Path(path) for path in SYSTEM)]
+    candidates = [*sys.path, *site.getsitepackages()]
+    packages = [Path(entry) for entry in candidates if entry and Path(entry).name in ("site-packages", "dist-packages")]
+    shown = [str(path) for path in packages if any(path.is_relative_to(root) for root in visible)]
+    return list(dict.fromkeys(shown))
+
+
+def environment(kernel: str) -> dict[str, str]:
+    """All that a session knows of the host's environment: nothing but this."""
+    path = [str(Path(sys.prefix) / "bin"), "/usr/local/bin", "/usr/bin", "/bin"]
+    return {
+        "PATH": os.pathsep.join(path),
+        "PYTHONPATH": os.pathsep.join([str(Path(kernel).parent), *search_path()]),
+        "PYTHONHASHSEED": "0",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONUTF8": "1",
+        "HOME": "/tmp",
+        "USER": "user",
+        "LOGNAME": "user",
+        "LANG": "C.UTF-8",
+        "MPLBACKEND": "agg",
+        "MPLCONFIGDIR": "/tmp",
+        "OPENBLAS_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+    }
+
+
+def python_command() -> list[str]:
+    """The interpreter itself, without the links of a virtual environment, which may lead out of the sandbox."""
+    return [os.path.realpath(sys.executable), "-s", "-S", "-P", "-m", "kernel.zygote"]
+
+
+def sandboxed(command: Sequence[str], variables: Mapping[str, str], *, report: int) -> list[str]:
+    """`command` inside bubblewrap: no network, no processes and files of the host, no rights outside.
+
+    `report` is a descriptor to which bubblewrap writes JSON that holds the process number of the command.
+    """
+    program = shutil.which("bwrap")
+    if program is None:
+        raise ConfigError(f"bubblewrap (bwrap) is not installed, so model-written code can not be isolated: {INSTALL}")
+    arguments = [program, "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"]
+    arguments += ["--as-pid-1", "--new-session", "--hostname", "sandbox", "--clearenv", "--cap-drop", "ALL"]
+    arguments += ["--cap-add", "CAP_SYS_ADMIN"]
+    if os.geteuid() == 0:
+        # Root needs no user namespace here: sessions become "nobody", whom the kernel can hold to a process limit.
+        for capability in ("CAP_SETUID", "CAP_SETGID", "CAP_KILL"):
+            arguments += ["--cap-add", capability]
+    else:
+        arguments += ["--unshare-user"]
+    for name, value in variables.items():
+        arguments += ["--setenv", name, value]
+    for path in SYSTEM:
+        if os.path.islink(path):
+            arguments += ["--symlink", os.readlink(path), path]
+        elif os.path.isdir(path):
+            arguments += ["--ro-bind", path, path]
+    folders = python_folders()
+    # Made beforehand: those that bubblewrap makes by itself are closed to others, and sessions are others.
+    for parent in dict.fromkeys(parent for folder in folders for parent in reversed(folder.parents[:-1])):
+        arguments += ["--dir", str(parent)]
+    for folder in folders:
+        arguments += ["--ro-bind", str(folder), str(folder)]
+    arguments += ["--dir", os.path.dirname(KERNEL_INSIDE), "--dir", "/etc"]
+    for path in SETTINGS:
+        arguments += ["--ro-bind-try", path, path]
+    arguments += ["--ro-bind", str(KERNEL), KERNEL_INSIDE]
+    arguments += ["--tmpfs", "/dev"]
+    for device in DEVICES:
+        arguments += ["--dev-bind", device, device]
+    arguments += ["--symlink", "/proc/self/fd", "/dev/fd", "--symlink", "/tmp", "/dev/shm", "--remount-ro", "/dev"]
+    arguments += ["--proc", "/proc", "--tmpfs", "/tmp", "--remount-ro", "/", "--info-fd", str(report)]
+    return [*arguments, "--chdir", "/tmp", "--", *command]

@@ -1,0 +1,227 @@
+"""The host's end of the fork server: starts it, asks it for sessions, and starts it again when it is gone."""
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from hdpo_jax.config import ConfigError, ToolsConfig
+from hdpo_jax.tools import bubblewrap
+
+START_SECONDS = 60.0
+ANSWER_SECONDS = 10.0
+CPU_FACTOR = 4
+"""CPU seconds a call may use for each second of its timeout: several threads may work."""
+
+logger = logging.getLogger(__name__)
+
+
+class ServerLost(Exception):
+    """The fork server is gone and could not be started again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """A forked session: its number, its socket, and the server that it belongs to."""
+
+    number: int
+    connection: socket.socket
+    server: int
+    """Which start of the server made it."""
+
+
+class ForkServer:
+    """One process inside the sandbox, from which every session is forked. Threads may share it."""
+
+    def __init__(self, config: ToolsConfig):
+        self._config = config
+        self._lock = threading.Lock()
+        self._numbers = 0
+        self._starts = 0
+        self._stopped = False
+        self._process: subprocess.Popen[bytes] | None = None
+        self._process_id = -1
+        self._control: socket.socket | None = None
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        with self._lock:
+            self._start()
+
+    @property
+    def process_id(self) -> int:
+        """The server's process number as the host sees it."""
+        return self._process_id
+
+    def open(self) -> Kernel:
+        """Forks a session. Raises ServerLost when there is no server and none can be started."""
+        with self._lock:
+            if self._stopped:
+                raise ServerLost("the tools are closed")
+            if not self._alive():
+                logger.warning("the python tool's fork server is gone; starting it again")
+                try:
+                    self._start()
+                except ConfigError as error:
+                    raise ServerLost(str(error)) from None
+            self._numbers += 1
+            ours, theirs = socket.socketpair()
+            with theirs:
+                if not self._send({"do": "open", "session": self._numbers}, theirs.fileno()):
+                    ours.close()
+                    raise ServerLost("the fork server does not answer")
+            return Kernel(number=self._numbers, connection=ours, server=self._starts)
+
+    def interrupt(self, kernel: Kernel) -> None:
+        """Ctrl-C for what the session runs."""
+        with self._lock:
+            if kernel.server == self._starts:
+                self._send({"do": "interrupt", "session": kernel.number})
+
+    def close(self, kernel: Kernel) -> None:
+        """Kills the session and everything it started; does not wait."""
+        kernel.connection.close()
+        with self._lock:
+            if kernel.server == self._starts:
+                self._send({"do": "close", "session": kernel.number})
+
+    def end(self, kernel: Kernel) -> int | None:
+        """Closes the session, waits until it is gone and says how it ended.
+
+        Returns: a wait status; None when the server itself is gone.
+        """
+        kernel.connection.close()
+        with self._lock:
+            if kernel.server != self._starts or not self._alive():
+                return None
+            if not self._send({"do": "end", "session": kernel.number}):
+                return None
+            while (answer := self._receive(ANSWER_SECONDS)) is not None:
+                if answer.get("session") == kernel.number:
+                    return int(answer["status"])
+            return None
+
+    def stop(self) -> None:
+        """Ends the server and with it every session."""
+        with self._lock:
+            self._stopped = True
+            self._kill()
+
+    def _alive(self) -> bool:
+        if self._process is None or self._control is None or self._process.poll() is not None:
+            return False
+        try:
+            self._control.setblocking(False)
+            return self._control.recv(1, socket.MSG_PEEK) != b""
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+
+    def _start(self) -> None:
+        """Starts the process and waits until it is ready. Raises ConfigError, one line, when it does not get there."""
+        self._kill()
+        self._starts += 1
+        isolated = self._config.sandbox == "bubblewrap"
+        self._folder = tempfile.TemporaryDirectory(prefix="hdpo-tools-")
+        kernel = bubblewrap.KERNEL_INSIDE if isolated else str(bubblewrap.KERNEL)
+        variables = bubblewrap.environment(kernel)
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        host = os.pidfd_open(os.getpid())
+        settings = json.dumps(self._settings(isolated, theirs.fileno(), host))
+        command = [*bubblewrap.python_command(), settings]
+        report, reporter = os.pipe()
+        if isolated:
+            command = bubblewrap.sandboxed(command, variables, report=reporter)
+        log = tempfile.TemporaryFile()
+        try:
+            # A session of its own: Ctrl-C in the terminal is the trainer's affair.
+            self._process = subprocess.Popen(
+                command,
+                env={} if isolated else variables | {"HOME": self._folder.name, "MPLCONFIGDIR": self._folder.name},
+                cwd="/",
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=(theirs.fileno(), host, reporter),
+                start_new_session=True,
+            )
+        finally:
+            theirs.close()
+            os.close(host)
+            os.close(reporter)
+        with open(report) as told:
+            description = told.read()
+        self._process_id = json.loads(description)["child-pid"] if description else self._process.pid
+        answer = self._receive(START_SECONDS)
+        if answer is None or not answer.get("ready"):
+            self._kill()
+            log.seek(0)
+            lines = log.read().decode(errors="replace").strip().splitlines() or ["no answer"]
+            log.close()
+            advice = f"; {bubblewrap.INSTALL}" if isolated else ""
+            raise ConfigError(f"the python tool's {self._config.sandbox} sandbox does not start: {lines[-1]}{advice}")
+        log.close()
+
+    def _settings(self, isolated: bool, control: int, host: int) -> dict[str, Any]:
+        config = self._config
+        return {
+            "isolated": isolated,
+            "control": control,
+            "host": host,
+            "folder": "" if self._folder is None else self._folder.name,
+            "memory_mb": config.memory_mb,
+            "disk_mb": config.disk_mb,
+            "processes": config.processes,
+            "output_chars": config.output_chars,
+            "max_images": config.max_images,
+            "cpu_seconds": int(config.timeout_seconds * CPU_FACTOR) + 1,
+        }
+
+    def _send(self, message: dict[str, Any], descriptor: int | None = None) -> bool:
+        """False when the server is gone; one that does not read for long is killed, so that a new one can start."""
+        if self._control is None:
+            return False
+        try:
+            self._control.settimeout(ANSWER_SECONDS)
+            descriptors = [] if descriptor is None else [descriptor]
+            socket.send_fds(self._control, [json.dumps(message).encode()], descriptors)
+        except OSError:
+            self._kill()
+            return False
+        return True
+
+    def _receive(self, seconds: float) -> dict[str, Any] | None:
+        if self._control is None:
+            return None
+        deadline = time.monotonic() + seconds
+        try:
+            self._control.settimeout(max(deadline - time.monotonic(), 0.001))
+            message = self._control.recv(4096)
+        except OSError:
+            return None
+        return json.loads(message) if message else None
+
+    def _kill(self) -> None:
+        if self._control is not None:
+            # The server ends at the end of this socket, and its sessions with it.
+            self._control.close()
+            self._control = None
+        if self._process is not None:
+            try:
+                self._process.wait(timeout=2.0)
+            except subprocess.TimeoutExpired:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self._process_id, signal.SIGKILL)
+                self._process.kill()
+                self._process.wait()
+            self._process = None
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None

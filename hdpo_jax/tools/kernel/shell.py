@@ -1,0 +1,304 @@
+"""IPython's shell for one session: runs code, collects what it prints and every image that it shows."""
+
+import base64
+import io
+import math
+import os
+import random
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import matplotlib
+import matplotlib.figure
+import matplotlib.pyplot as plt
+import numpy as np
+import PIL
+from IPython.core.compilerop import CachingCompiler
+from IPython.core.displayhook import DisplayHook
+from IPython.core.displaypub import DisplayPublisher
+from IPython.core.formatters import DisplayFormatter
+from IPython.core.interactiveshell import InteractiveShell
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont, ImageOps
+from traitlets import Type
+from traitlets.config import Config
+
+from .output import Output
+
+MAX_PIXELS = 1 << 24
+"""Of one image; a larger one is reduced."""
+CELL = "<cell "
+
+_system = os.system
+
+
+class Reply(NamedTuple):
+    """What one call gives back."""
+
+    text: str
+    ok: bool
+    """False when the code raised."""
+    sizes: list[tuple[int, int]]
+    """(width, height) of each image."""
+    images: list[bytes]
+    """RGB pixels, row by row."""
+    dropped: int
+    """Images beyond the limit, not returned."""
+
+
+class Gallery:
+    """The images that a call shows, in order, as RGB pixels."""
+
+    def __init__(self, limit: int):
+        self._limit = limit
+        self.clear()
+
+    def clear(self) -> None:
+        self.sizes: list[tuple[int, int]] = []
+        self.pixels: list[bytes] = []
+        self.dropped = 0
+        self._total = 0
+
+    def add(self, picture: Any) -> bool:
+        """Keeps a copy of a picture; False when it is none (PIL image or matplotlib figure)."""
+        if not isinstance(picture, Image.Image | matplotlib.figure.Figure):
+            return False
+        if len(self.sizes) >= self._limit or self._total > 2 * MAX_PIXELS:
+            self.dropped += 1
+            return True
+        image = picture if isinstance(picture, Image.Image) else _drawn(picture)
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            scale = math.sqrt(MAX_PIXELS / (width * height))
+            image = image.resize((max(int(width * scale), 1), max(int(height * scale), 1)), reducing_gap=2.0)
+        if image.width * image.height == 0:
+            raise ValueError(f"the image to show is empty: {width}x{height} pixels")
+        image = _rgb(image)
+        self.sizes.append(image.size)
+        self.pixels.append(image.tobytes())
+        self._total += image.width * image.height
+        return True
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """Transparency becomes white, as on paper."""
+    if image.mode == "RGB":
+        return image
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        paper = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(paper, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _drawn(figure: matplotlib.figure.Figure) -> Image.Image:
+    canvas = figure.canvas
+    if not isinstance(canvas, FigureCanvasAgg):
+        canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba()))
+
+
+class _Compiler(CachingCompiler):
+    """Names code `<cell 1>`, `<cell 2>`…: tracebacks point to what the model wrote."""
+
+    cells = 0
+
+    def get_code_name(self, raw_code: str, transformed_code: str, number: int) -> str:
+        self.cells += 1
+        return f"{CELL}{self.cells}>"
+
+
+class _Hook(DisplayHook):
+    """Prints the value of a last expression, or keeps it when it is an image."""
+
+    def __call__(self, result: Any = None) -> None:
+        shell: Any = self.shell
+        if result is None or shell.quiet:
+            return
+        shell.user_ns["_"] = result
+        if not shell.gallery.add(result):
+            print(shell.plain(result))
+
+
+class _Formatter(DisplayFormatter):
+    def format(self, obj: Any, include: Any = None, exclude: Any = None) -> Any:
+        shell: Any = self.parent
+        if shell.gallery.add(obj):
+            # Empty: `display` has nothing left to do.
+            return {}, {}
+        return super().format(obj, include=include, exclude=exclude)
+
+
+class _Publisher(DisplayPublisher):
+    """Objects that draw themselves arrive here as files."""
+
+    def publish(self, data: Any, metadata: Any = None, *_: Any, **__: Any) -> None:
+        shell: Any = self.shell
+        for kind in ("image/png", "image/jpeg"):
+            if kind in data:
+                content = data[kind]
+                content = base64.b64decode(content) if isinstance(content, str) else content
+                shell.gallery.add(Image.open(io.BytesIO(content)))
+                return
+        if "text/plain" in data:
+            print(data["text/plain"])
+
+
+class Shell(InteractiveShell):
+    """One interpreter. Made once, in the fork server; a session is a fork of it."""
+
+    compiler_class = Type(_Compiler)
+    displayhook_class = Type(_Hook)
+    display_pub_class = Type(_Publisher)
+
+    def __init__(self, **settings: Any):
+        self.gallery = Gallery(0)
+        self.quiet = False
+        super().__init__(**settings)
+
+    def init_display_formatter(self) -> None:
+        self.display_formatter = _Formatter(parent=self)
+
+    def plain(self, value: Any) -> str:
+        """What an interactive interpreter would print for a value."""
+        formatter: Any = self.display_formatter
+        return formatter.formatters["text/plain"](value)
+
+    def system(self, cmd: str) -> None:  # noqa: D102
+        sys.stdout.flush()
+        self.user_ns["_exit_code"] = _system(self.var_expand(cmd, depth=1))
+
+    def enable_gui(self, gui: Any = None) -> None:
+        """There is no screen."""
+
+    def enable_matplotlib(self, gui: Any = None) -> Any:
+        """`%matplotlib inline` is how it works already."""
+        return "agg", "agg"
+
+    def ask_exit(self) -> None:
+        """A session ends when its trajectory does."""
+
+    def showtraceback(self, exc_tuple: Any = None, *_: Any, **__: Any) -> None:
+        kind, error, trace = exc_tuple or sys.exc_info()
+        print(_explained(kind, error, trace), end="")
+
+    def showsyntaxerror(self, filename: Any = None, running_compiled_code: bool = False) -> None:
+        self.showtraceback()
+
+
+def _explained(kind: Any, error: Any, trace: Any) -> str:
+    """A traceback that starts in the model's own code."""
+    own = trace
+    while own is not None and not own.tb_frame.f_code.co_filename.startswith(CELL):
+        own = own.tb_next
+    return "".join(traceback.TracebackException(kind, error, own, compact=True).format())
+
+
+class Session:
+    """Runs the calls of one session, one after the other."""
+
+    def __init__(self, *, output_chars: int, max_images: int):
+        settings = Config()
+        settings.HistoryManager.enabled = False
+        settings.InteractiveShell.cache_size = 0
+        settings.InteractiveShell.colors = "nocolor"
+        self._shell = Shell.instance(config=settings)
+        self._output_chars = output_chars
+        self._gallery = self._shell.gallery = Gallery(max_images)
+        self._output: Output | None = None
+        self._running = False
+        show = self._show_figures
+        plt.show = show
+        setattr(matplotlib.figure.Figure, "show", lambda figure, *_, **__: self._gallery.add(figure))  # noqa: B010
+        setattr(Image.Image, "show", lambda image, *_, **__: self._gallery.add(image))  # noqa: B010
+
+    def warm_up(self) -> None:
+        """Loads and fills, before the fork, what the first calls of every session would otherwise do."""
+        self.start(())
+        image = Image.effect_noise((64, 64), 8.0).convert("RGB")
+        file = io.BytesIO()
+        image.save(file, "JPEG")
+        self._shell.user_ns["image_1"] = Image.open(io.BytesIO(file.getvalue()))
+        for code in (
+            "image_1.crop((0, 0, 32, 32)).resize((64, 64), Image.LANCZOS)",
+            "figure, axes = plt.subplots(); axes.imshow(image_1); axes.set_title('$x$'); plt.show()",
+            "import sys\nprint(np.asarray(image_1).mean(), [1], file=sys.stderr)\n{'a': 1.5}",
+            "def f():\n    return undefined\nf()",
+            "x = = 1",
+        ):
+            self.run(code)
+        plt.close("all")
+        compiler: Any = self._shell.compile
+        compiler.cells = 0
+        self._shell.reset(new_session=False)
+
+    def start(self, images: Sequence[bytes | bytearray]) -> None:
+        """A fresh namespace with `image_1`… from the original files, decoded when they are first used.
+
+        Random generators start the same in every session: what code does depends on the code and the images alone.
+        """
+        random.seed(0)
+        np.random.seed(0)
+        self._redirect()
+        signal.signal(signal.SIGINT, self._interrupt)
+        names = {"np": np, "numpy": np, "PIL": PIL, "Image": Image, "math": math, "matplotlib": matplotlib, "plt": plt}
+        drawing = (ImageDraw, ImageEnhance, ImageFilter, ImageFont, ImageOps)
+        names |= {module.__name__.rpartition(".")[2]: module for module in drawing}
+        for number, data in enumerate(images, start=1):
+            try:
+                names[f"image_{number}"] = _opened(data)
+            except Exception as error:
+                print(f"image_{number} is missing: {error}")
+        self._shell.user_ns.update(names)
+
+    def run(self, code: str) -> Reply:
+        """Runs one cell. Never raises, whatever the code does, short of ending the process."""
+        self._gallery.clear()
+        self._shell.quiet = code.rstrip().endswith(";")
+        signal.signal(signal.SIGINT, self._interrupt)
+        sys.stdout = sys.stderr = self._output
+        ok = False
+        try:
+            self._running = True
+            ok = bool(self._shell.run_cell(code, store_history=False).success)
+            self._running = False
+        except BaseException as error:
+            self._running = False
+            print(_explained(type(error), error, error.__traceback__), end="", file=self._output)
+        text = self._output.take() if self._output else ""
+        gallery = self._gallery
+        return Reply(text, ok, gallery.sizes, gallery.pixels, gallery.dropped)
+
+    def _interrupt(self, *_: Any) -> None:
+        # Between two calls there is nothing to interrupt: the answer was on its way when the host gave up.
+        if self._running:
+            raise KeyboardInterrupt
+
+    def _show_figures(self, *_: Any, **__: Any) -> None:
+        """`plt.show()`: every open figure, then they are closed."""
+        for number in plt.get_fignums():
+            self._gallery.add(plt.figure(number))
+        plt.close("all")
+
+    def _redirect(self) -> None:
+        """Descriptors 1 and 2, which subprocesses inherit, write to a nameless file in the session's own folder."""
+        path = "output"
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_EXCL, 0o600)
+        os.unlink(path)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        self._output = Output(self._output_chars, descriptor)
+        warnings.filterwarnings("ignore", message="To exit: use")
+
+
+def _opened(data: bytes | bytearray) -> Image.Image:
+    """An image as the policy saw it: upright, RGB. Plain RGB files are decoded at first use."""
+    image = Image.open(io.BytesIO(data))
+    if "exif" in image.info:
+        image = ImageOps.exif_transpose(image)
+    return image if image.mode == "RGB" else _rgb(image)

@@ -1,0 +1,142 @@
+"""How the policy asks for a tool, and what a tool is."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from hdpo_jax.types import Observation, ToolCall
+
+TOOL_CALL_START, TOOL_CALL_END = "<tool_call>", "</tool_call>"
+ALIASES = {"search": "text_search"}
+"""Names that a policy may use for a tool, beside the tool's own."""
+
+Schema = Mapping[str, Any]
+"""A tool as system prompts describe it: JSON of a function's name, description and parameters."""
+
+
+def _schema(name: str, description: str, properties: Mapping[str, str]) -> Schema:
+    parameters = {
+        "type": "object",
+        "properties": {key: {"type": "string", "description": text} for key, text in properties.items()},
+        "required": list(properties),
+    }
+    return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
+
+
+PYTHON_SCHEMA = _schema(
+    "python",
+    "Runs Python code in a stateful interpreter. image_1, image_2, … hold the original images as PIL images; numpy, "
+    "PIL, matplotlib and math are imported. Returns what the code prints and every image that it shows: by plt.show(), "
+    "by display(image), or as the value of the last expression. No network.",
+    {"code": "The code to run."},
+)
+TEXT_SEARCH_SCHEMA = _schema(
+    "text_search",
+    "Searches the web. Returns up to 10 results: title, link, snippet.",
+    {"query": "What to search for."},
+)
+IMAGE_SEARCH_SCHEMA = _schema(
+    "image_search",
+    "Looks the question's image up on the web. Returns up to 10 titles of pages that show it, each with a thumbnail.",
+    {},
+)
+SCHEMAS = {"python": PYTHON_SCHEMA, "text_search": TEXT_SEARCH_SCHEMA, "image_search": IMAGE_SEARCH_SCHEMA}
+
+
+class ToolSession(Protocol):
+    """A tool as one trajectory sees it."""
+
+    def call(self, arguments: Mapping[str, Any]) -> Observation:
+        """Answers one call. Never raises for what the policy wrote: the observation says what was wrong."""
+        ...
+
+    def close(self) -> None:
+        """Frees all that the trajectory holds; further calls are errors."""
+        ...
+
+
+class Tool(Protocol):
+    """Something that trajectories can call; `open` is cheap, since most trajectories never do."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def schema(self) -> Schema: ...
+
+    def open(self, images: Sequence[bytes]) -> ToolSession:
+        """`images`: the prompt's original image files."""
+        ...
+
+    def close(self) -> None: ...
+
+
+_CALLS = re.compile(f"{TOOL_CALL_START}(.*?)(?:{TOOL_CALL_END}|$)", re.DOTALL)
+
+
+def parse_tool_call(turn_text: str) -> ToolCall | None:
+    """The last tool call of an assistant turn; None when there is none.
+
+    The closing tag may be missing: generation stops at it. A malformed call has `error`, in words for the policy.
+    """
+    bodies = _CALLS.findall(turn_text)
+    if not bodies:
+        return None
+    body = bodies[-1].strip()
+    if not body:
+        return _malformed("it is empty")
+    try:
+        # Not strict: line breaks inside of strings are how models write code.
+        request = json.loads(body, strict=False)
+    except json.JSONDecodeError as error:
+        return _malformed(f"it is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}")
+    except (ValueError, RecursionError):
+        return _malformed("it is not valid JSON: a number or a nesting is too large")
+    if not isinstance(request, dict):
+        return _malformed(f"it is {_kind(request)}, not an object")
+    name = request.get("name")
+    if not isinstance(name, str) or not name:
+        found = f"`name` is {_kind(name)}" if "name" in request else "`name` is missing"
+        return _malformed(f"{found}; it must be a string")
+    arguments = request.get("arguments", {})
+    if not isinstance(arguments, dict):
+        return _malformed(f"`arguments` is {_kind(arguments)}, not an object", name)
+    return ToolCall(name=ALIASES.get(name, name), arguments=arguments)
+
+
+def argument_error(schema: Schema, arguments: Mapping[str, Any]) -> str | None:
+    """What keeps arguments from fitting a tool's schema (string parameters); None when they fit."""
+    parameters = schema["function"]["parameters"]
+    name, known = schema["function"]["name"], parameters["properties"]
+    expected = ", ".join(f"`{key}` (string)" for key in known) or "no arguments"
+    for key in parameters["required"]:
+        if key not in arguments:
+            return f"{name}: argument `{key}` is missing; expected {expected}."
+    for key, value in arguments.items():
+        if key not in known:
+            return f"{name}: unknown argument `{key[:50]}`; expected {expected}."
+        if not isinstance(value, str):
+            return f"{name}: argument `{key}` is {_kind(value)}; expected a string."
+    return None
+
+
+def _malformed(reason: str, name: str = "") -> ToolCall:
+    form = f'{TOOL_CALL_START}{{"name": …, "arguments": {{…}}}}{TOOL_CALL_END}'
+    return ToolCall(name=name, arguments={}, error=f"The tool call is malformed: {reason}. Expected {form}.")
+
+
+def _kind(value: object) -> str:
+    """A JSON value's type, in the words of JSON."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return "a boolean"
+        case int() | float():
+            return "a number"
+        case str():
+            return "a string"
+        case list():
+            return "an array"
+    return "an object"

@@ -1,0 +1,209 @@
+"""The `python` tool: model-written code in a sandboxed interpreter of its own, which keeps its state over the calls.
+
+A session is forked from a prepared process at its first call (most trajectories make none). Whatever the code does, a
+call comes back within its timeout and a short grace, with text that says what happened.
+"""
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from PIL import Image
+from rich.console import Console
+
+from hdpo_jax.config import ConfigError, ToolsConfig
+from hdpo_jax.tools.bubblewrap import INSTALL
+from hdpo_jax.tools.fork_server import ForkServer, Kernel, ServerLost
+from hdpo_jax.tools.kernel import frames
+from hdpo_jax.tools.protocol import PYTHON_SCHEMA
+from hdpo_jax.types import Observation
+
+INTERRUPT_SECONDS = 1.0
+"""How long interrupted code may take to give up before its session is killed."""
+TRANSFER_SECONDS = 10.0
+"""How long an answer may take from its first byte to its last."""
+MAX_PIXELS = 1 << 24
+"""Of one image; the session reduces larger ones."""
+NO_OUTPUT = "(no output)"
+
+logger = logging.getLogger(__name__)
+
+
+class PythonTool:
+    """Opens sessions; all are forks of one server, which ends with this object."""
+
+    name = "python"
+    schema = PYTHON_SCHEMA
+
+    def __init__(self, config: ToolsConfig):
+        if config.sandbox == "none":
+            warning = "Model-written code runs WITHOUT a sandbox, with all your rights (--tools.sandbox none)."
+            Console(stderr=True).print(warning, style="bold red")
+        self._config = config
+        self._running = threading.BoundedSemaphore(config.workers)
+        self._server = ForkServer(config)
+        self._refuse_unless_it_works()
+
+    @property
+    def server(self) -> ForkServer:
+        return self._server
+
+    def open(self, images: Sequence[bytes]) -> "PythonSession":
+        """`images`: the files that become `image_1`…; nothing is started before the first call."""
+        return PythonSession(self._config, self._server, self._running, images)
+
+    def close(self) -> None:
+        self._server.stop()
+
+    def _refuse_unless_it_works(self) -> None:
+        session = self.open(())
+        try:
+            session.check()
+        except Exception:
+            self.close()
+            raise
+        finally:
+            session.close()
+
+
+class PythonSession:
+    """One trajectory's interpreter. Calls come one at a time."""
+
+    def __init__(
+        self, config: ToolsConfig, server: ForkServer, running: threading.BoundedSemaphore, images: Sequence[bytes]
+    ):
+        self._config = config
+        self._server = server
+        self._running = running
+        self._images = images
+        self._lock = threading.Lock()
+        self._kernel: Kernel | None = None
+        self._closed = False
+
+    def call(self, arguments: Mapping[str, Any]) -> Observation:
+        """Runs `arguments["code"]`. Never raises for what the policy wrote, never waits past the timeout and grace."""
+        code = arguments.get("code")
+        if not isinstance(code, str):
+            found = "nothing" if code is None else type(code).__name__
+            return Observation(text=f"The python tool needs a string `code`; found {found}.", ok=False)
+        with self._lock, self._running:
+            if self._closed:
+                return Observation(text="The session is closed.", ok=False, lost=True)
+            try:
+                return self._run(code)
+            except ServerLost as error:
+                logger.error("the python tool is lost: %s", error)
+                return Observation(text=f"The python tool is not available: {error}", ok=False, lost=True)
+
+    def close(self) -> None:
+        """Kills the interpreter and every process that it started."""
+        with self._lock:
+            self._closed = True
+            if self._kernel is not None:
+                self._server.close(self._kernel)
+                self._kernel = None
+
+    def check(self) -> None:
+        """Runs a line of code in a session of its own. Raises ConfigError when sessions do not work here."""
+        observation = self.call({"code": "print(6 * 7)"})
+        if observation.text.strip() != "42":
+            problem = " ".join(observation.text.split())
+            raise ConfigError(f"the python tool's sessions do not start here: {problem}; {INSTALL}")
+
+    def _run(self, code: str) -> Observation:
+        token = os.urandom(frames.TOKEN_BYTES)
+        fresh = self._kernel is None
+        kernel = self._kernel = self._kernel or self._server.open()
+        deadline = time.monotonic() + self._config.timeout_seconds
+        late = False
+        try:
+            frames.send(kernel.connection, token, {"code": code}, self._images if fresh else (), deadline)
+            if not frames.arrives(kernel.connection, deadline):
+                late = True
+                self._server.interrupt(kernel)
+                if not frames.arrives(kernel.connection, time.monotonic() + INTERRUPT_SECONDS):
+                    return self._restarted(f"{self._timed_out()} and did not react to an interrupt")
+            answer = self._answer(kernel, token)
+        except frames.DeadlineError:
+            return self._restarted(self._timed_out())
+        except frames.FrameError as error:
+            return self._restarted(f"The Python process sent {error}")
+        except frames.Closed:
+            return self._ended()
+        # Code that was done when the interrupt came is done.
+        if not late or answer.ok:
+            return answer
+        note = f"[{self._timed_out()} and was interrupted. Variables are kept.]"
+        return Observation(text=_lines(answer.text, note), images=answer.images, ok=False)
+
+    def _answer(self, kernel: Kernel, token: bytes) -> Observation:
+        """Reads one answer: bytes that model-written code may have forged, so every number is checked."""
+        config = self._config
+        frame = frames.receive(
+            kernel.connection,
+            max_header=12 * config.output_chars + 65_536,
+            max_bytes=3 * MAX_PIXELS * config.max_images,
+            deadline=time.monotonic() + TRANSFER_SECONDS,
+        )
+        header = frame.header
+        if frame.token != token:
+            raise frames.FrameError(str(header.get("failure", "an answer that was not asked for"))[:200])
+        text, ok, sizes, dropped = (header.get(key) for key in ("text", "ok", "sizes", "dropped"))
+        if not isinstance(text, str) or not isinstance(ok, bool) or not isinstance(dropped, int):
+            raise frames.FrameError("an answer without text")
+        if not isinstance(sizes, list) or len(sizes) != len(frame.blobs) or len(sizes) > config.max_images:
+            raise frames.FrameError("an answer with images that do not add up")
+        images = [_image(size, pixels) for size, pixels in zip(sizes, frame.blobs, strict=True)]
+        # Lone surrogates can be printed but not encoded.
+        text = text[: config.output_chars + 100].encode("utf-8", "replace").decode()
+        note = f"[{dropped} more images are left out: one call returns {config.max_images} at most.]" if dropped else ""
+        text = _lines(text, note)
+        return Observation(text=text if text or images else NO_OUTPUT, images=images, ok=ok)
+
+    def _timed_out(self) -> str:
+        return f"The code ran longer than {self._config.timeout_seconds:g} s"
+
+    def _restarted(self, reason: str) -> Observation:
+        """Kills the session; the next call opens another."""
+        if self._kernel is not None:
+            self._server.close(self._kernel)
+            self._kernel = None
+        return Observation(text=f"[{reason}. {self._state_lost()}]", ok=False)
+
+    def _ended(self) -> Observation:
+        """The process is gone: says why, and whose fault it is."""
+        kernel, self._kernel = self._kernel, None
+        status = self._server.end(kernel) if kernel is not None else None
+        if status is None:
+            logger.error("the python tool's fork server is gone, and with it a session")
+            return Observation(text=f"[The Python tool was lost. {self._state_lost()}]", ok=False, lost=True)
+        return Observation(text=f"[The Python process ended: {_cause(status)}. {self._state_lost()}]", ok=False)
+
+    def _state_lost(self) -> str:
+        images = len(self._images)
+        names = {0: "", 1: " with image_1"}.get(images, f" with image_1 to image_{images}")
+        return f"All variables are lost; the next call starts afresh{names}."
+
+
+def _image(size: object, pixels: bytearray) -> Image.Image:
+    sound = isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)
+    if not sound or size[0] * size[1] > MAX_PIXELS or 3 * size[0] * size[1] != len(pixels):
+        raise frames.FrameError("an answer with an image that does not add up")
+    return Image.frombytes("RGB", (size[0], size[1]), pixels)
+
+
+def _cause(status: int) -> str:
+    """What a wait status says, in words."""
+    if not os.WIFSIGNALED(status):
+        return f"exit code {os.waitstatus_to_exitcode(status)}"
+    number = os.WTERMSIG(status)
+    hint = {signal.SIGKILL: ", perhaps out of memory", signal.SIGXCPU: ", too much CPU time"}.get(number, "")
+    return f"signal {number} ({signal.strsignal(number)}{hint})"
+
+
+def _lines(*parts: str) -> str:
+    return "\n".join(part.rstrip("\n") for part in parts if part.strip())

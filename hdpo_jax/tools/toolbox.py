@@ -1,0 +1,99 @@
+"""The tools of a run, and a trajectory's view of them."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+
+from hdpo_jax.config import ConfigError, ToolsConfig
+from hdpo_jax.tools.protocol import Schema, Tool, ToolSession, argument_error
+from hdpo_jax.tools.python_sandbox import PythonTool
+from hdpo_jax.types import Observation, ToolCall
+
+TOOLS = {"python": PythonTool}
+
+logger = logging.getLogger(__name__)
+
+
+class ToolBox:
+    """Opens the tools that the configuration names; closes them, and all sessions, at the end.
+
+    Raises ConfigError, one line, when a tool is unknown or does not work on this machine.
+    """
+
+    def __init__(self, config: ToolsConfig):
+        self.workers = config.workers
+        """Calls that may run at a time."""
+        self._tools: dict[str, Tool] = {}
+        unknown = [name for name in config.names if name not in TOOLS]
+        if unknown:
+            raise ConfigError(f"tools.names holds {unknown[0]!r}; expected names among {', '.join(TOOLS)}")
+        try:
+            for name in config.names:
+                self._tools[name] = TOOLS[name](config)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def schemas(self) -> list[Schema]:
+        """The open tools, as a chat template's system prompt takes them."""
+        return [tool.schema for tool in self._tools.values()]
+
+    def session(self, images: Sequence[bytes]) -> "Session":
+        """One trajectory's tools; `images` are the prompt's original files."""
+        return Session(self._tools, images)
+
+    def close(self) -> None:
+        for tool in self._tools.values():
+            tool.close()
+
+    def __enter__(self) -> "ToolBox":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Session:
+    """What a trajectory calls. A tool's session opens at the tool's first call."""
+
+    def __init__(self, tools: Mapping[str, Tool], images: Sequence[bytes]):
+        self._tools = tools
+        self._images = images
+        self._open: dict[str, ToolSession] = {}
+
+    def call(self, call: ToolCall) -> Observation:
+        """Answers any call: malformed ones, unknown tools and wrong arguments by a text that says what is wrong."""
+        if call.error is not None:
+            return Observation(text=call.error, ok=False)
+        tool = self._tools.get(call.name)
+        if tool is None:
+            known = ", ".join(self._tools) or "none"
+            return Observation(text=f"There is no tool {call.name[:50]!r}. Tools: {known}.", ok=False)
+        problem = argument_error(tool.schema, call.arguments)
+        if problem is not None:
+            return Observation(text=problem, ok=False)
+        if call.name not in self._open:
+            self._open[call.name] = tool.open(self._images)
+        try:
+            return self._open[call.name].call(call.arguments)
+        except Exception:
+            # Not the policy's fault: the rollout is dropped, the run goes on, the log has the traceback.
+            logger.exception("the %s tool failed", call.name)
+            return Observation(text=f"The {call.name} tool failed.", ok=False, lost=True)
+
+    def close(self) -> None:
+        """Frees what the trajectory's tools hold, and ends every process that its code started."""
+        for session in self._open.values():
+            session.close()
+        self._open.clear()
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,1 @@
+"""Runs: supervised and reinforcement learning, their optimizers, checkpoints and metrics."""

@@ -1,0 +1,53 @@
+"""Families of segments -> one static batch of packed rows in micro-batches."""
+
+import logging
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jaxtyping import Int
+
+from hdpo_jax.config import TrainConfig
+from hdpo_jax.rollout.packing import Family, RowShape, assign_rows, fill_rows
+from hdpo_jax.types import PackedRows
+from models.qwen3_vl import Qwen3VLConfig
+
+log = logging.getLogger(__name__)
+
+
+class RowBatcher:
+    """Packs mini-batches into arrays [mini, micro, rows, …] whose shape stays the same from batch to batch.
+
+    Only the micro-batches in use are computed, so room to spare costs host memory alone. Where
+    `train.max_rows` is 0 the first batch sets the room; a batch that needs more enlarges it, at the price of
+    one compilation.
+    """
+
+    def __init__(self, train: TrainConfig, model: Qwen3VLConfig):
+        self._shape = RowShape(train.row_tokens, train.row_patches)
+        self._rows = train.micro_batch_rows
+        self.model = model
+        self._micro = -(-train.max_rows // self._rows)
+
+    def __call__(self, mini_batches: Sequence[Sequence[Family]]) -> tuple[PackedRows, Int[np.ndarray, " mini"]]:
+        """The packed rows, and how many micro-batches of each mini-batch hold any."""
+        assigned = [assign_rows(families, self._shape) for families in mini_batches]
+        needed = np.asarray([-(-len(rows) // self._rows) for rows in assigned], np.int32)
+        self._make_room(int(needed.max()))
+        packed = [fill_rows(rows, self._micro * self._rows, self._shape, self.model) for rows in assigned]
+
+        def stack(*leaves: np.ndarray) -> np.ndarray:
+            return np.stack(leaves).reshape(len(leaves), self._micro, self._rows, *leaves[0].shape[1:])
+
+        return jax.tree.map(stack, *packed), needed
+
+    def _make_room(self, needed: int) -> None:
+        if needed <= self._micro:
+            return
+        if self._micro:
+            log.warning(
+                "a batch needs %d rows and there is room for %d: compiling the step again; set train.max_rows",
+                needed * self._rows,
+                self._micro * self._rows,
+            )
+        self._micro = -(-needed * 5 // 4)

@@ -1,0 +1,100 @@
+"""Finished trajectories as JSON lines that people, and `hdpo report`, can read."""
+
+import base64
+import functools
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from hdpo_jax.files import replacing
+from hdpo_jax.rewards import Verdict
+from hdpo_jax.types import Trajectory
+from models.qwen3_vl.processing import load_image
+
+THUMBNAIL = 512
+"""Longest side of a dumped image, pixels."""
+LOSSLESS = 128
+"""Images up to this size are dumped as PNG: a small crop shows what the policy saw, pixel for pixel."""
+
+
+def trajectory_record(trajectory: Trajectory, verdict: Verdict, *, step: int) -> dict[str, Any]:
+    """One trajectory as a JSON object; images as data URIs, made smaller where they are large."""
+    prompt = trajectory.prompt
+    return {
+        "step": step,
+        "prompt_id": prompt.id,
+        "group": trajectory.group,
+        "sample": trajectory.sample,
+        "data_source": prompt.data_source,
+        "system": _spoken(prompt.messages, "system"),
+        "question": _spoken(prompt.messages, "user"),
+        "prompt_images": [_thumbnail_of_file(image) for image in prompt.images],
+        "ground_truth": prompt.ground_truth,
+        "extra": dict(prompt.extra),
+        "turns": [
+            {"role": turn.role, "text": turn.text, "images": [data_uri(image) for image in turn.images]}
+            for turn in trajectory.turns
+        ],
+        "rewards": {
+            "accuracy": float(verdict.accuracy),
+            "tool": float(verdict.tool),
+            "answer": float(verdict.answer),
+            "format": float(verdict.format),
+        },
+        "correct": bool(verdict.correct),
+        "calls": trajectory.calls,
+        "stop": trajectory.stop.value,
+        "tokens": int(trajectory.sampled.sum()),
+    }
+
+
+def write_records(path: Path | str, records: Iterable[Mapping[str, Any]]) -> None:
+    """JSON lines, one record each; the file appears when it is whole."""
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps(record, ensure_ascii=False, default=_plain) + "\n")
+
+
+def rollouts_path(run_dir: Path | str, step: int) -> Path:
+    """Where a run dumps the trajectories of a step."""
+    return Path(run_dir) / "rollouts" / f"step_{step}.jsonl"
+
+
+def data_uri(image: Image.Image) -> str:
+    """`image` as a data URI: PNG where it is small, else a JPEG of at most THUMBNAIL pixels a side."""
+    small = max(image.size) <= LOSSLESS
+    if not small:
+        image = image.copy()
+        image.thumbnail((THUMBNAIL, THUMBNAIL))
+    file = io.BytesIO()
+    image.convert("RGB").save(file, "PNG" if small else "JPEG", quality=80)
+    return f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+@functools.lru_cache(maxsize=256)
+def _thumbnail_of_file(image: bytes) -> str:
+    """Cached: the rollouts of a group share their prompt's images."""
+    return data_uri(load_image(image))
+
+
+def _spoken(messages: Sequence[Mapping[str, Any]], role: str) -> str:
+    """What `role` says in the prompt; an image part shows as <image>."""
+    texts = []
+    for message in messages:
+        content = message["content"]
+        if message["role"] != role:
+            continue
+        if isinstance(content, str):
+            texts.append(content)
+        else:
+            texts.append("".join("<image>" if part["type"] == "image" else part["text"] for part in content))
+    return "\n\n".join(texts)
+
+
+def _plain(value: Any) -> Any:
+    """NumPy scalars and arrays (of a parquet row's extra columns) as plain numbers and lists."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)

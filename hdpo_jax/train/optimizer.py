@@ -1,0 +1,91 @@
+"""The optimizer of a run, from its settings."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.typing import ArrayLike
+from jaxtyping import Array, PyTree
+from optax.contrib import MuonDimensionNumbers
+
+from hdpo_jax.config import OptimizerConfig
+
+
+def make_optimizer(config: OptimizerConfig, total_steps: int, params: PyTree) -> optax.GradientTransformation:
+    """Clipping to a global norm, then AdamW or Muon. Of `params`, abstract or not, only shapes and axis names are read.
+
+    `total_steps` counts optimizer steps (a rollout step takes one a mini-batch). The state is fp32 whatever the
+    parameters are. Weight decay is decoupled and falls on every parameter, as in the paper's run.
+    """
+    adam_rate = learning_rate_schedule(config, config.learning_rate, total_steps)
+    if config.name == "adamw":
+        rule = optax.adamw(adam_rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay)
+    else:
+        # Muon (Jordan et al., 2024), each layer's matrices on their own; Adam for embeddings, norms, biases, the head.
+        rule = optax.contrib.muon(
+            learning_rate_schedule(config, config.muon_learning_rate, total_steps),
+            weight_decay=config.weight_decay,
+            adam_b1=config.b1,
+            adam_b2=config.b2,
+            adam_weight_decay=config.weight_decay,
+            adam_learning_rate=adam_rate,
+            muon_weight_dimension_numbers=_layer_matrices(params),
+        )
+    return _in_float32(optax.chain(optax.clip_by_global_norm(config.clip_norm), rule))
+
+
+def learning_rate_schedule(config: OptimizerConfig, peak: float, total_steps: int) -> optax.Schedule:
+    """Linear rise to `peak` over the warm-up (the first step already moves), then constant, or a cosine down to 0."""
+
+    def learning_rate(count: ArrayLike) -> Array:
+        step = jnp.asarray(count, jnp.float32)
+        rise = jnp.minimum(1.0, (step + 1) / max(config.warmup_steps, 1))
+        if config.schedule == "constant":
+            return peak * rise
+        done = jnp.clip((step - config.warmup_steps) / max(total_steps - config.warmup_steps, 1), 0.0, 1.0)
+        return peak * rise * 0.5 * (1 + jnp.cos(jnp.pi * done))
+
+    return learning_rate
+
+
+def _layer_matrices(params: PyTree) -> PyTree:
+    """The tree of `params` with, for every stack of layer matrices, the axes they map from and to; None elsewhere."""
+
+    def visit(leaf: Any) -> Any:
+        axes = (leaf.get_metadata().get("axes") or ()) if isinstance(leaf, nnx.Variable) else ()
+        return jax.tree.map(lambda array: _matrix_axes(axes, array.ndim), leaf)
+
+    return jax.tree.map(visit, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def _matrix_axes(axes: tuple[str | None, ...], dimensions: int) -> MuonDimensionNumbers | None:
+    """A kernel's names, without the layers' in front, begin or end with the residual stream; a bias has no two sides.
+
+    ("embed", "heads", "head_dim") maps axis 1 to axes 2 and 3. Unnamed axes (the 3 of a joint query, key and value)
+    number matrices, as the layer axis does.
+    """
+    if dimensions != len(axes) + 1 or len(axes) < 2:
+        return None
+    named = tuple(place for place, name in enumerate(axes, start=1) if name is not None)
+    if str(axes[0]).endswith("embed"):
+        return MuonDimensionNumbers(reduction_axis=named[:1], output_axis=named[1:])
+    if str(axes[-1]).endswith("embed"):
+        return MuonDimensionNumbers(reduction_axis=named[:-1], output_axis=named[-1:])
+    return None
+
+
+def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`inner` with fp32 state and arithmetic for parameters of any dtype."""
+
+    def to_float32(tree: PyTree) -> PyTree:
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
+
+    def init(params: PyTree) -> optax.OptState:
+        return inner.init(to_float32(params))
+
+    def update(updates: PyTree, state: optax.OptState, params: PyTree | None = None) -> tuple[PyTree, optax.OptState]:
+        return inner.update(to_float32(updates), state, to_float32(params))
+
+    return optax.GradientTransformation(init, update)

@@ -1,0 +1,46 @@
+"""A policy ready to sample and to learn: the model on its mesh, its parameters as a pytree, its processor."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from hdpo_jax.config import ModelConfig
+from models.qwen3_vl import Qwen3VL, load_hf
+from models.qwen3_vl.processing import Processor
+from sharding.mesh import MeshAxes, make_mesh
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """What every program of a run is made from."""
+
+    model: Qwen3VL
+    """Structure and settings; programs take their parameters apart from it."""
+    graphdef: nnx.GraphDef
+    params: nnx.State
+    processor: Processor
+    mesh: Mesh
+
+
+def load_policy(config: ModelConfig, axes: MeshAxes) -> Policy:
+    """The policy in the HF directory `config.path`, its parameters spread over the mesh."""
+    mesh = make_mesh(axes)
+    processor = Processor.from_hf(config.path)
+    model = load_hf(
+        Path(config.path),
+        mesh=mesh,
+        dtype=jnp.dtype(config.dtype),
+        param_dtype=jnp.dtype(config.param_dtype),
+        remat=config.remat,
+    )
+    graphdef, params = nnx.split(model)
+    return Policy(model=model, graphdef=graphdef, params=params, processor=processor, mesh=mesh)
+
+
+def host_copy(params: nnx.State) -> nnx.State:
+    """Parameters copied out of buffers that the next step will donate."""
+    return jax.tree.map(jnp.copy, params)

@@ -1,0 +1,124 @@
+"""The nouns of an agentic RL run: prompt, tool call, observation, turn, trajectory, packed rows."""
+
+import enum
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+from PIL import Image
+
+from models.qwen3_vl.images import EncodedImage, PackedImages
+
+
+class StopReason(enum.Enum):
+    """Why a trajectory ended."""
+
+    END_OF_TURN = "end_of_turn"
+    """The policy closed its turn without a tool call: the normal end, an answer."""
+    TOKEN_BUDGET = "token_budget"
+    """The next token would not fit the trajectory's response budget, or the slot's capacity."""
+    CALL_LIMIT = "call_limit"
+    """The policy asked for one call more than allowed; that call was not sent."""
+    DROPPED = "dropped"
+    """The world failed (tool server lost, judge outage): the rollout is masked out of the update."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One question: chat messages with `<image>` marks resolved to image parts, and what is right."""
+
+    id: str
+    messages: Sequence[Mapping[str, Any]]
+    """Roles and contents as a chat template takes them; image parts are `{"type": "image"}`, in order."""
+    images: Sequence[bytes]
+    """The original image files (JPEG, PNG…), full resolution, in the order of the image parts."""
+    ground_truth: str | Sequence[str]
+    """What a right answer says; of several, any may match."""
+    data_source: str
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToolCall:
+    """A request the policy wrote between `<tool_call>` and `</tool_call>`; `error` says what is malformed."""
+
+    name: str
+    arguments: Mapping[str, Any]
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observation:
+    """What a tool call gave back: text, images, and whether the call itself succeeded."""
+
+    text: str
+    images: Sequence[Image.Image] = ()
+    ok: bool = True
+    lost: bool = False
+    """The tool's server is gone: the rollout can not be judged and is dropped from the update."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """One stretch of a trajectory for people to read: who spoke, the text, the images shown."""
+
+    role: str
+    text: str
+    images: Sequence[Image.Image] = ()
+
+
+@dataclass(kw_only=True)
+class Trajectory:
+    """A finished rollout, token-exact: `token_ids` are what the policy saw and sampled, never re-encoded."""
+
+    prompt: Prompt
+    group: int
+    """Index of the prompt in its batch."""
+    sample: int
+    """Index of the rollout in its group."""
+    token_ids: Int[np.ndarray, " tokens"]
+    sampled: Bool[np.ndarray, " tokens"]
+    """Which tokens the policy sampled; the rest is prompt, chat wrapper and observations."""
+    logprobs: Float[np.ndarray, " tokens"]
+    """The sampler's log-probabilities of the sampled tokens at the sampling temperature; 0 elsewhere."""
+    prompt_length: int
+    images: Sequence[EncodedImage]
+    """The prompt's images, then those of observations, in token order."""
+    prompt_images: int
+    turns: Sequence[Turn]
+    """Assistant and tool turns after the prompt."""
+    calls: int
+    """Every tool call sent: malformed, unknown, refused, timed-out and failed ones count too."""
+    stop: StopReason
+
+    @property
+    def response_text(self) -> str:
+        """What the policy wrote, all turns joined; nothing that a tool wrote."""
+        return "\n".join(turn.text for turn in self.turns if turn.role == "assistant")
+
+
+class PackedRows(NamedTuple):
+    """Token rows as the trainer sees them: several segments a row, a prompt once for all its rollouts.
+
+    A response segment starts with the prompt's last token (the one that predicts the first sampled token)
+    and sees its own segment and the segment named in `prefix_ids`. Leading axes may stand before `rows`.
+    """
+
+    token_ids: Int[Array, "rows tokens"]
+    positions: Int[Array, "rows tokens 3"]
+    """M-RoPE positions: time, height, width."""
+    segment_ids: Int[Array, "rows tokens"]
+    """0 is padding; ids are unique within a row."""
+    prefix_ids: Int[Array, "rows tokens"]
+    """The other segment that a token sees; its own id where there is none."""
+    targets: Int[Array, "rows tokens"]
+    """The token that each position predicts."""
+    loss_mask: Bool[Array, "rows tokens"]
+    """True where the target is a token that the policy sampled (RL) or is to learn (SFT)."""
+    rollout: Int[Array, "rows tokens"]
+    """Which rollout of the batch (group * G + sample) a position belongs to; 0 where the mask is False."""
+    logprobs: Float[Array, "rows tokens"]
+    """The sampler's log-probability of the target; 0 where the mask is False."""
+    images: PackedImages | None

@@ -1,0 +1,1 @@
+"""Model families; they know JAX, Flax and `sharding`, nothing of reinforcement learning."""

@@ -1,0 +1,117 @@
+"""Pieces that the decoder and the vision tower are made of, and the scan over stacked layers."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+Remat = Literal["full", "nothing"]
+LayerT = TypeVar("LayerT", bound=nnx.Module)
+Carry = TypeVar("Carry")
+
+ACTIVATION_FUNCTIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+class Precision(NamedTuple):
+    """Dtype of the arithmetic, and of the parameters as they are stored."""
+
+    compute: DTypeLike
+    params: DTypeLike
+
+
+class Linear(nnx.Module):
+    """x W + b over the last dimensions of x; `inputs` and `outputs` may be several dimensions each."""
+
+    def __init__(
+        self,
+        inputs: tuple[int, ...],
+        outputs: tuple[int, ...],
+        *,
+        axes: tuple[str | None, ...],
+        bias: bool,
+        std: float,
+        precision: Precision,
+        rngs: nnx.Rngs,
+    ):
+        shape = (*inputs, *outputs)
+        if len(axes) != len(shape):
+            raise ValueError(f"axes {axes} do not name the dimensions of a kernel of shape {shape}")
+        self.contracted = len(inputs)
+        self.dtype = precision.compute
+        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape, precision.params), axes=axes)
+        self.bias = nnx.Param(jnp.zeros(outputs, precision.params), axes=axes[len(inputs) :]) if bias else None
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        y = jnp.tensordot(x.astype(self.dtype), self.kernel[...].astype(self.dtype), self.contracted)
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale over the last dimension; the mean is taken in fp32."""
+
+    def __init__(self, size: int, *, epsilon: float, precision: Precision):
+        self.epsilon = epsilon
+        self.dtype = precision.compute
+        self.scale = nnx.Param(jnp.ones((size,), precision.params))
+
+    def __call__(self, x: Float[Array, "... size"]) -> Float[Array, "... size"]:
+        x32 = x.astype(jnp.float32)
+        x32 *= jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.epsilon)
+        return x32.astype(self.dtype) * self.scale[...].astype(self.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean) / deviation * scale + bias over the last dimension, in fp32."""
+
+    def __init__(self, size: int, *, precision: Precision):
+        self.dtype = precision.compute
+        self.scale = nnx.Param(jnp.ones((size,), precision.params))
+        self.bias = nnx.Param(jnp.zeros((size,), precision.params))
+
+    def __call__(self, x: Float[Array, "... size"]) -> Float[Array, "... size"]:
+        x32 = x.astype(jnp.float32)
+        x32 -= jnp.mean(x32, axis=-1, keepdims=True)
+        # 1e-6 is written into the architecture, not into its config.
+        x32 *= jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + 1e-6)
+        return (x32 * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(self.dtype)
+
+
+def stack(make: Callable[[nnx.Rngs], LayerT], count: int, rngs: nnx.Rngs) -> LayerT:
+    """`count` independently initialised modules as one, every parameter with a leading axis of that length."""
+    return nnx.split_rngs(splits=count)(nnx.vmap(make, in_axes=0, out_axes=0))(rngs)
+
+
+def scan(
+    layers: nnx.Module,
+    body: Callable[[Any, Carry, Any], Carry],
+    carry: Carry,
+    xs: Any = None,
+    *,
+    span: slice = slice(None),
+    remat: Remat = "nothing",
+) -> Carry:
+    """carry = body(layer, carry, x) through a stack of layers (those in `span`) and the leading axis of `xs`.
+
+    remat "full" keeps only what passes from layer to layer and computes the inside again in the backward pass.
+    """
+    graphdef, params = nnx.split(layers)
+    if span != slice(None):
+        params = jax.tree.map(lambda stacked: stacked[span], params)
+
+    def step(carry: Carry, inputs: tuple[Any, Any]) -> tuple[Carry, None]:
+        layer_params, x = inputs
+        return body(nnx.merge(graphdef, layer_params), carry, x), None
+
+    if remat == "full":
+        step = jax.checkpoint(step, prevent_cse=False)
+    return jax.lax.scan(step, carry, (params, xs))[0]

@@ -1,0 +1,134 @@
+"""Qwen3-VL: token ids and packed images in, hidden states or logits out; whole rows at once, or through a cache."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from models.qwen3_vl.attention import Visibility
+from models.qwen3_vl.config import Qwen3VLConfig
+from models.qwen3_vl.images import PackedImages
+from models.qwen3_vl.layers import Precision, Remat
+from models.qwen3_vl.rope import text_rotation
+from models.qwen3_vl.text import Decoder, KVCache
+from models.qwen3_vl.vision import VisionTower
+from sharding import constrain
+
+
+class Qwen3VL(nnx.Module):
+    """Qwen3-VL (dense); numerically transformers' `Qwen3VLForConditionalGeneration`.
+
+    Parameters carry logical axis names (`axes`) that `sharding` maps to a mesh. Those of the layers are stacked.
+    """
+
+    def __init__(
+        self,
+        config: Qwen3VLConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike = jnp.bfloat16,
+        param_dtype: DTypeLike = jnp.float32,
+        remat: Remat = "full",
+    ):
+        precision = Precision(compute=jnp.dtype(dtype), params=jnp.dtype(param_dtype))
+        self.config = config
+        self.dtype = precision.compute
+        self.remat: Remat = remat
+        text = config.text
+        table = jax.random.normal(rngs.params(), (text.vocab_size, text.hidden_size), precision.params)
+        self.embedding = nnx.Param(text.initializer_range * table, axes=("vocab", "embed"))
+        self.vision = VisionTower(config.vision, precision=precision, rngs=rngs)
+        self.decoder = Decoder(config, precision=precision, rngs=rngs)
+        self.output = None if config.tie_word_embeddings else self._output_matrix(precision, rngs)
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "batch tokens"],
+        *,
+        positions: Int[Array, "batch tokens 3"] | None = None,
+        segment_ids: Int[Array, "batch tokens"] | None = None,
+        prefix_ids: Int[Array, "batch tokens"] | None = None,
+        images: PackedImages | None = None,
+    ) -> Float[Array, "batch tokens vocab"]:
+        """Logits in fp32; arguments as for `hidden_states`."""
+        return self.logits(
+            self.hidden_states(
+                input_ids, positions=positions, segment_ids=segment_ids, prefix_ids=prefix_ids, images=images
+            )
+        )
+
+    def hidden_states(
+        self,
+        input_ids: Int[Array, "batch tokens"],
+        *,
+        positions: Int[Array, "batch tokens 3"] | None = None,
+        segment_ids: Int[Array, "batch tokens"] | None = None,
+        prefix_ids: Int[Array, "batch tokens"] | None = None,
+        images: PackedImages | None = None,
+    ) -> Float[Array, "batch tokens embed"]:
+        """Hidden states after the last norm, of all tokens at once.
+
+        positions: M-RoPE positions; by default each row counts up (text only).
+        segment_ids: tokens see only their own segment, 0 is padding; by default a row is one segment.
+        prefix_ids: the other segment that a token sees (a prompt shared by several responses).
+        """
+        batch, length = input_ids.shape
+        index = jnp.broadcast_to(jnp.arange(length), (batch, length))
+        if positions is None:
+            positions = jnp.broadcast_to(index[..., None], (batch, length, 3))
+        visibility = Visibility(
+            query_ids=segment_ids, prefix_ids=prefix_ids, key_ids=segment_ids, query_index=index
+        )
+        x, deepstack = self._embed(input_ids, images)
+        return self.decoder(x, text_rotation(self.config.text, positions), visibility, deepstack, remat=self.remat)
+
+    def extend(
+        self,
+        input_ids: Int[Array, "batch tokens"],
+        *,
+        positions: Int[Array, "batch tokens 3"],
+        cache: KVCache,
+        start: Int[Array, " batch"],
+        images: PackedImages | None = None,
+    ) -> tuple[Float[Array, "batch tokens embed"], KVCache]:
+        """Hidden states of tokens that continue each row at cache index `start`, and the cache with them in it.
+
+        Prefill (an empty cache, start 0), an appended turn and a decode step (one token) are all this. A token sees
+        the cache up to its own index; what would be written past the end is dropped.
+        """
+        index = start[:, None] + jnp.arange(input_ids.shape[1])
+        x, deepstack = self._embed(input_ids, images)
+        return self.decoder.extend(x, text_rotation(self.config.text, positions), cache, index, deepstack)
+
+    def _output_matrix(self, precision: Precision, rngs: nnx.Rngs) -> nnx.Param:
+        text = self.config.text
+        matrix = jax.random.normal(rngs.params(), (text.hidden_size, text.vocab_size), precision.params)
+        return nnx.Param(text.initializer_range * matrix, axes=("embed", "vocab"))
+
+    @property
+    def head(self) -> Float[Array, "embed vocab"]:
+        """The output matrix; with tied embeddings, the embedding table transposed."""
+        return self.embedding[...].T if self.output is None else self.output[...]
+
+    def logits(self, hidden: Float[Array, "... embed"]) -> Float[Array, "... vocab"]:
+        """fp32 logits of hidden states."""
+        return jnp.matmul(hidden, self.head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+    def _embed(
+        self, input_ids: Int[Array, "batch tokens"], images: PackedImages | None
+    ) -> tuple[Float[Array, "batch tokens embed"], Float[Array, "depth batch tokens embed"] | None]:
+        """Token embeddings with image features in their places, and the features that deepstack adds later."""
+        x = self.embedding[...][input_ids].astype(self.dtype)
+        if images is None:
+            return constrain(x, "batch", "tokens", None), None
+        features, deepstack = self.vision(images, remat=self.remat)
+        is_image = (images.feature_index >= 0)[..., None]
+        at = jnp.maximum(images.feature_index, 0)[..., None]
+
+        def place(features: Array, elsewhere: Array | int) -> Array:
+            return jnp.where(is_image, jnp.take_along_axis(features, at, axis=1).astype(self.dtype), elsewhere)
+
+        x = constrain(place(features, x), "batch", "tokens", None)
+        added = [place(features, 0) for features in deepstack[: self.config.deepstack_depth]]
+        return x, jnp.stack(added) if added else None

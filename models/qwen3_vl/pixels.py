@@ -1,0 +1,154 @@
+"""Image files to patches: the numbers of transformers' Qwen2-VL image processor, without its overhead."""
+
+import base64
+import binascii
+import functools
+import io
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from PIL import Image, ImageOps
+
+from models.qwen3_vl.images import EncodedImage
+
+MAX_PIXELS = 89_478_485
+"""A larger image is refused before it is decoded (Pillow warns from this size on: 256 MiB of RGB)."""
+
+WIDEST = 200
+"""Longest over shortest side that the model was made for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSettings:
+    """What a preprocessor_config.json says. Defaults are those of transformers' Qwen2-VL processor."""
+
+    min_pixels: int = 56 * 56
+    max_pixels: int = 28 * 28 * 1280
+    patch_size: int = 14
+    temporal_patch_size: int = 2
+    merge_size: int = 2
+    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+    rescale_factor: float = 1 / 255
+    resample: int = Image.Resampling.BICUBIC
+
+    def __post_init__(self) -> None:
+        if not 0 < self.min_pixels <= self.max_pixels:
+            raise ValueError(f"images of {self.min_pixels} to {self.max_pixels} pixels; expected 0 < least <= most")
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> "ImageSettings":
+        """From a parsed preprocessor_config.json; areas are `size`'s edges (in pixels) or min_pixels, max_pixels."""
+        for step in ("do_convert_rgb", "do_resize", "do_rescale", "do_normalize"):
+            if raw.get(step, True) is False:
+                raise ValueError(f"the image settings turn {step} off; only images with every step are supported")
+        found: dict[str, Any] = {}
+        size = raw.get("size") or {}
+        for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+            value = raw.get(name) if raw.get(name) is not None else size.get(edge)
+            if value is not None:
+                found[name] = value
+        for name in ("patch_size", "temporal_patch_size", "merge_size", "rescale_factor", "resample"):
+            if raw.get(name) is not None:
+                found[name] = raw[name]
+        for name in ("mean", "std"):
+            if raw.get(f"image_{name}") is not None:
+                found[name] = tuple(raw[f"image_{name}"])
+        return cls(**found)
+
+    def resized(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) that an image is brought to: whole merge blocks, the allowed area, nearly the same shape.
+
+        Raises ValueError for an image more than 200 times as long as wide.
+        """
+        if max(height, width) > WIDEST * min(height, width):
+            raise ValueError(f"image of {width} x {height} pixels; expected sides of at most {WIDEST} to 1")
+        block = self.patch_size * self.merge_size
+        rows, columns = round(height / block), round(width / block)
+        if rows * columns * block**2 > self.max_pixels:
+            shrink = math.sqrt(height * width / self.max_pixels)
+            rows, columns = math.floor(height / shrink / block), math.floor(width / shrink / block)
+        elif rows * columns * block**2 < self.min_pixels:
+            grow = math.sqrt(self.min_pixels / (height * width))
+            rows, columns = math.ceil(height * grow / block), math.ceil(width * grow / block)
+        return max(rows, 1) * block, max(columns, 1) * block
+
+
+def encode_image(image: Image.Image, settings: ImageSettings) -> EncodedImage:
+    """Resized, normalised and cut into patches, the `temporal_patch_size` frames of a still image all alike."""
+    height, width = settings.resized(image.height, image.width)
+    pixels = np.asarray(_opaque(image).resize((width, height), settings.resample))
+    patch, merge = settings.patch_size, settings.merge_size
+    rows, columns = height // patch, width // patch
+    grey = pixels.ndim == 2
+    blocks = pixels.reshape(rows // merge, merge, patch, columns // merge, merge, patch, 1 if grey else 3)
+    blocks = blocks.transpose(6, 0, 3, 1, 4, 2, 5)
+    shape = (*blocks.shape[1:5], 3, settings.temporal_patch_size, patch, patch)
+    patches = np.empty(shape, np.float32)
+    for channel, table in enumerate(_normalised_levels(settings)):
+        patches[:, :, :, :, channel] = table[blocks[0 if grey else channel]][..., None, :, :]
+    return EncodedImage(patches=patches.reshape(rows * columns, -1), grid=(1, rows, columns))
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    """In RGB, what is transparent on white; grey stays grey, as its three channels would be resized alike."""
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image if image.mode in ("L", "RGB") else image.convert("RGB")
+
+
+@functools.lru_cache(maxsize=16)
+def _normalised_levels(settings: ImageSettings) -> Float[np.ndarray, "channels 256"]:
+    """What each 8-bit level becomes, rounded where transformers rounds: after scaling, and at every later step."""
+    levels = (np.arange(256) * settings.rescale_factor).astype(np.float32)
+    mean, std = np.array(settings.mean, np.float32), np.array(settings.std, np.float32)
+    return (levels - mean[:, None]) / std[:, None]
+
+
+def load_image(source: bytes | str | Path) -> Image.Image:
+    """Decodes a file's bytes, a path or a base64 data URI to upright RGB, as transformers' `load_image` does.
+
+    EXIF orientation is applied; an alpha channel is dropped. Raises ValueError, one line, for what can not be decoded
+    and for images of more than `MAX_PIXELS`.
+    """
+    name = f"image of {len(source)} bytes" if isinstance(source, bytes) else f"image {str(source)[:80]!r}"
+    try:
+        with Image.open(io.BytesIO(_file_bytes(source, name))) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{name} has {image.width} x {image.height} pixels; expected at most {MAX_PIXELS:,}")
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except ValueError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{name} has too many pixels; expected at most {MAX_PIXELS:,}") from error
+    except Exception as error:  # Decoders of broken files raise nearly anything: OSError, SyntaxError, struct.error…
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{name} can not be decoded: {reason}") from error
+
+
+def _file_bytes(source: bytes | str | Path, name: str) -> bytes:
+    if isinstance(source, bytes):
+        return source
+    if isinstance(source, str) and source.startswith("data:"):
+        _, comma, payload = source.partition(",")
+        try:
+            return base64.b64decode(payload, validate=True) if comma else _no_payload(name)
+        except binascii.Error as error:
+            raise ValueError(f"{name} is not base64; expected data:image/png;base64,…") from error
+    if isinstance(source, str) and source.startswith(("http://", "https://")):
+        raise ValueError(f"{name} is a web address; expected a path or a data URI")
+    try:
+        return Path(source).read_bytes()
+    except OSError as error:
+        raise ValueError(f"{name} can not be read: {error.strerror}; expected a file or a data URI") from error
+
+
+def _no_payload(name: str) -> bytes:
+    raise ValueError(f"{name} holds no data; expected data:image/png;base64,…")

@@ -1,0 +1,378 @@
+"""Messages and images to token ids and patches, turn by turn: what is already in a trajectory is never re-encoded."""
+
+import copy
+import functools
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from jaxtyping import Bool, Int
+from PIL import Image
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from models.qwen3_vl.config import Qwen3VLConfig
+from models.qwen3_vl.images import EncodedImage
+from models.qwen3_vl.pixels import ImageSettings, encode_image, load_image
+
+__all__ = ["EncodedPrompt", "Message", "Processor", "load_image"]
+
+Message = Mapping[str, Any]
+"""`{"role", "content"}`: content is a string, or parts `{"type": "text", "text"}` and `{"type": "image"}`.
+
+An image part may carry its image: `{"type": "image", "image": path or data URI}`.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedPrompt:
+    """A conversation as the model sees it, image placeholders expanded."""
+
+    token_ids: Int[np.ndarray, " tokens"]
+    images: tuple[EncodedImage, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Turns:
+    """The chat template's own text around what is said, found by rendering marks and looking where they went."""
+
+    assistant_end: str
+    user_start: str
+    image: str
+    user_end: str
+    """The end of the user's turn and the start of the assistant's next."""
+
+
+class Processor:
+    """Tokenizer, chat template and image settings of a Qwen3-VL directory.
+
+    What is said is data: special tokens written in a message or an observation are encoded as plain text, and only
+    the chat template can write them. Safe to use from several threads.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: Qwen3VLConfig,
+        tokenizer: PreTrainedTokenizerFast,
+        image_settings: ImageSettings,
+        stop_ids: Iterable[int] = (),
+    ):
+        self.config = config
+        self.tokenizer = tokenizer
+        self.image_settings = image_settings
+        _check_sizes(config, image_settings)
+        # Two encoders of their own: transformers switches one shared object back and forth, which threads would see.
+        self._control = copy.deepcopy(tokenizer.backend_tokenizer)
+        self._control.encode_special_tokens = False
+        self._plain = copy.deepcopy(tokenizer.backend_tokenizer)
+        self._plain.encode_special_tokens = True
+        for encoder in (self._control, self._plain):
+            encoder.no_truncation()
+            encoder.no_padding()
+        added = self._control.get_added_tokens_decoder()
+        self._special = {token.content: number for number, token in added.items() if token.special}
+        longest_first = sorted(self._special, key=len, reverse=True)
+        self._special_pattern = re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
+
+        closing = self._encode_rendered(self._turns.assistant_end, {})
+        self.close_turn: Int[np.ndarray, " tokens"] = _ids(closing)
+        """What ends an assistant turn that stopped right after `</tool_call>`."""
+        self.after_end_of_turn: Int[np.ndarray, " tokens"] = _ids(closing[1:])
+        """The same where the policy itself sampled the end-of-turn token."""
+        self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys([closing[0], *stop_ids]))
+        """Tokens that end a trajectory's turn; the first is the one the chat template closes a turn with."""
+
+    def __reduce__(self):
+        # Made anew where it is unpickled (data workers, deep copies): a pickled encoder forgets which of the two it is.
+        made = {"config": self.config, "tokenizer": self.tokenizer, "image_settings": self.image_settings}
+        return functools.partial(Processor, **made, stop_ids=self.stop_ids), ()
+
+    @classmethod
+    def from_hf(cls, directory: str | Path) -> "Processor":
+        """From a directory in HF format. Raises ValueError, one line, that names the file that is missing or wrong."""
+        directory = Path(directory)
+        config = Qwen3VLConfig.from_hf(_json(directory, "config.json"))
+        generation = _json(directory, "generation_config.json", {})
+        tokenizer = _tokenizer(directory)
+        ends = generation.get("eos_token_id")
+        stop_ids = [*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]
+        return cls(
+            config=config,
+            tokenizer=tokenizer,
+            image_settings=_image_settings(directory),
+            stop_ids=[number for number in stop_ids if number is not None],
+        )
+
+    # Tokens with a meaning of their own
+
+    @functools.cached_property
+    def tool_call_end_id(self) -> int:
+        """The token `</tool_call>`; ValueError where it is not one token, as generation could not stop at it."""
+        found = self._plain.encode("</tool_call>", add_special_tokens=False).ids
+        if len(found) != 1:
+            raise ValueError(f"'</tool_call>' is {len(found)} tokens here; expected one: add it to the tokenizer")
+        return found[0]
+
+    @functools.cached_property
+    def forbidden(self) -> Bool[np.ndarray, " vocabulary"]:
+        """Ids that may never be sampled: vision placeholders, and ids of the model that the tokenizer does not know."""
+        mask = np.ones(self.config.text.vocab_size, bool)
+        known = np.fromiter(self._control.get_vocab(with_added_tokens=True).values(), np.int64)
+        mask[known[known < len(mask)]] = False
+        config = self.config
+        for placeholder in (
+            config.image_token_id,
+            config.video_token_id,
+            config.vision_start_token_id,
+            config.vision_end_token_id,
+        ):
+            mask[placeholder] = True
+        return mask
+
+    # Encoding
+
+    def encode_image(self, image: Image.Image) -> EncodedImage:
+        """Patches of one image, as transformers' image processor makes them; transparency is put on white."""
+        return encode_image(image, self.image_settings)
+
+    def encode_text(self, text: str) -> Int[np.ndarray, " tokens"]:
+        """Ids of a text without any wrapper, special tokens in it as plain text."""
+        return _ids(self._plain.encode(text, add_special_tokens=False).ids)
+
+    def encode_messages(
+        self,
+        messages: Sequence[Message],
+        images: Sequence[Image.Image] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+    ) -> EncodedPrompt:
+        """A conversation by the chat template; image parts take `images` in order, or, when None, what they carry.
+
+        Raises ValueError where parts and images do not match, or the template refuses the messages.
+        """
+        parts = [part for message in messages for part in _parts(message) if part.get("type") != "text"]
+        for part in parts:
+            if part.get("type") != "image":
+                raise ValueError(f"message part of type {part.get('type')!r}; expected 'text' or 'image'")
+        if images is None:
+            images = [_carried(part) for part in parts]
+        if len(images) != len(parts):
+            raise ValueError(f"the messages have {len(parts)} image parts; {len(images)} images came with them")
+        masks = self._masks(part["text"] for message in messages for part in _parts(message) if "text" in part)
+        rendered = self._render([self._masked_message(message, masks) for message in messages], add_generation_prompt)
+        encoded = tuple(self.encode_image(image) for image in images)
+        return EncodedPrompt(token_ids=self._expand(self._encode_rendered(rendered, masks), encoded), images=encoded)
+
+    def observation_turn(
+        self, text: str, images: Sequence[EncodedImage] = (), max_tokens: int | None = None
+    ) -> tuple[Int[np.ndarray, " tokens"], int]:
+        """The user turn that shows `images` and then `text`, and the start of the assistant's next turn.
+
+        What does not fit `max_tokens` is cut: images whole, from the end, and then the text's middle, where a mark
+        says how many tokens are missing. Returns the ids and how many images were kept.
+        """
+        turns = self._turns
+
+        def encode(said: str, count: int) -> list[int]:
+            masks = self._masks([said])
+            shown = turns.user_start + turns.image * count
+            return self._encode_rendered(shown + self._masked(said, masks) + turns.user_end, masks)
+
+        if max_tokens is None:
+            return self._expand(encode(text, len(images)), images), len(images)
+        kept = self._images_that_fit(text, images, max_tokens - len(encode("", 0)))
+        if kept < len(images):
+            text = f"{text}\n" * bool(text) + f"[{len(images) - kept} of {len(images)} images left out: no room]"
+        placeholders = sum(image.tokens(self.config) - 1 for image in images[:kept])
+        ids = self._encode_within(text, lambda said: encode(said, kept), max_tokens - placeholders)
+        return self._expand(ids, images[:kept]), kept
+
+    def decode(self, ids: Sequence[int] | Int[np.ndarray, " tokens"], *, keep_special: bool = False) -> str:
+        """The text of `ids`, special tokens included; without `keep_special` those that end a turn are left out."""
+        numbers = [int(number) for number in ids]
+        if not keep_special:
+            numbers = [number for number in numbers if number not in self.stop_ids]
+        return self._control.decode(numbers, skip_special_tokens=False)
+
+    # Inside
+
+    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        try:
+            rendered = self.tokenizer.apply_chat_template(
+                [dict(message) for message in messages], tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except jinja2.TemplateError as error:
+            raise ValueError(f"the chat template refuses the messages: {error}") from error
+        assert isinstance(rendered, str)
+        return rendered
+
+    @functools.cached_property
+    def _turns(self) -> _Turns:
+        question, answer, reply = "QUESTION-7f3a", "ANSWER-7f3a", "REPLY-7f3a"
+        opening = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        pictures = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": reply}]
+        closed = self._render(opening, False)
+        replied = self._render([*opening, {"role": "user", "content": reply}], True)
+        shown = self._render([*opening, {"role": "user", "content": pictures}], True)
+        end = closed.rpartition(answer)[2]
+        middle, _, user_end = replied.rpartition(answer)[2].partition(reply)
+        with_images = shown.rpartition(answer)[2].partition(reply)[0]
+        user_start, image = middle[len(end) :], with_images[len(middle) : (len(middle) + len(with_images)) // 2]
+        if not (end and middle.startswith(end) and user_end and with_images == middle + image + image):
+            raise ValueError("the chat template does not render turns one after the other; expected one like Qwen's")
+        return _Turns(assistant_end=end, user_start=user_start, image=image, user_end=user_end)
+
+    def _masks(self, texts: Iterable[str]) -> Mapping[str, str]:
+        """A stand-in character for each special token that is written in `texts`; empty where none is."""
+        text = "".join(texts)
+        written = sorted({match.group() for match in self._special_pattern.finditer(text)})
+        unused = (chr(code) for code in range(0xE000, 0xF900) if chr(code) not in text)
+        return dict(zip(written, unused, strict=False))
+
+    def _masked(self, text: str, masks: Mapping[str, str]) -> str:
+        return self._special_pattern.sub(lambda match: masks[match.group()], text) if masks else text
+
+    def _masked_message(self, message: Message, masks: Mapping[str, str]) -> Message:
+        """Special tokens masked; of image parts only that they are there."""
+        if isinstance(message.get("content"), str):
+            return {**message, "content": self._masked(message["content"], masks)}
+        parts = [
+            {**part, "text": self._masked(part["text"], masks)} if part.get("type") == "text" else {"type": "image"}
+            for part in _parts(message)
+        ]
+        return {**message, "content": parts}
+
+    def _encode_rendered(self, rendered: str, masks: Mapping[str, str]) -> list[int]:
+        """Ids of rendered text: special tokens are control tokens, masked ones are plain text."""
+        if not masks:
+            return self._control.encode(rendered, add_special_tokens=False).ids
+        unmasked = str.maketrans({mask: special for special, mask in masks.items()})
+        ids: list[int] = []
+        for piece in self._special_pattern.split(rendered):
+            if piece in self._special:
+                ids.append(self._special[piece])
+            else:
+                ids.extend(self._plain.encode(piece.translate(unmasked), add_special_tokens=False).ids)
+        return ids
+
+    def _expand(self, ids: Sequence[int], images: Sequence[EncodedImage]) -> Int[np.ndarray, " tokens"]:
+        """One placeholder an image -> one a feature."""
+        flat = _ids(ids)
+        places = np.flatnonzero(flat == self.config.image_token_id)
+        if len(places) != len(images):
+            raise ValueError(f"the chat template wrote {len(places)} image placeholders for {len(images)} images")
+        repeats = np.ones(len(flat), np.int64)
+        repeats[places] = [image.tokens(self.config) for image in images]
+        return np.repeat(flat, repeats)
+
+    def _images_that_fit(self, text: str, images: Sequence[EncodedImage], room: int) -> int:
+        """How many of the first images leave room for the text, or for a quarter of it where it is long."""
+        wrapper = len(self._encode_rendered(self._turns.image, {})) - 1
+        room -= min(len(self._plain.encode(text, add_special_tokens=False)), room // 4)
+        kept = 0
+        for image in images:
+            room -= wrapper + image.tokens(self.config)
+            if room < 0:
+                break
+            kept += 1
+        return kept
+
+    def _encode_within(self, text: str, encode: Callable[[str], list[int]], budget: int) -> list[int]:
+        """`encode(text)`, or of its head and tail around a mark, in at most `budget` ids."""
+        ids = encode(text)
+        if len(ids) <= budget:
+            return ids
+        spans = self._plain.encode(text, add_special_tokens=False).offsets
+        keep = max(budget - len(encode("")), 0)
+        while keep > 0:
+            head, tail = (keep + 1) // 2, keep // 2
+            # By characters, not ids: a cut inside a character would leave bytes that are no text.
+            start = spans[head - 1][1]
+            end = max(start, spans[-tail][0] if tail else len(text))
+            ids = encode(f"{text[:start]}\n[... {len(spans) - keep} tokens cut ...]\n{text[end:]}")
+            if len(ids) <= budget:
+                return ids
+            keep -= len(ids) - budget
+        ids = encode("")
+        if len(ids) > budget:
+            raise ValueError(f"an observation may take {budget} tokens; an empty one takes {len(ids)} already")
+        return ids
+
+
+def _ids(ids: Sequence[int]) -> Int[np.ndarray, " tokens"]:
+    return np.asarray(ids, np.int32)
+
+
+def _parts(message: Message) -> Sequence[Mapping[str, Any]]:
+    content = message.get("content")
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    return content or []
+
+
+def _carried(part: Mapping[str, Any]) -> Image.Image:
+    source = part.get("image")
+    if isinstance(source, Image.Image):
+        return source
+    if not isinstance(source, str | bytes | Path):
+        raise ValueError(f"an image part carries {source!r}; expected a path or a data URI under 'image'")
+    return load_image(source)
+
+
+def _json(directory: Path, name: str, missing: dict[str, Any] | None = None) -> dict[str, Any]:
+    path = directory / name
+    if not path.is_file():
+        if missing is not None:
+            return missing
+        raise ValueError(f"{directory} has no {name}; expected a Qwen3-VL directory in HF format")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+
+
+def _tokenizer(directory: Path) -> PreTrainedTokenizerFast:
+    if not any((directory / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise ValueError(f"{directory} has no tokenizer.json; expected a Qwen3-VL directory in HF format")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # The Rust reader raises bare Exceptions.
+        raise ValueError(f"the tokenizer of {directory} can not be loaded: {str(error).splitlines()[0]}") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError(f"{directory} holds a {type(tokenizer).__name__}; expected one with a tokenizer.json")
+    tokenizer.chat_template = _chat_template(directory, tokenizer.chat_template)
+    return tokenizer
+
+
+def _chat_template(directory: Path, of_tokenizer: str | dict[str, str] | None) -> str:
+    """The template that transformers' processor would use: its own file before the tokenizer's."""
+    legacy = _json(directory, "chat_template.json", {}).get("chat_template")
+    if legacy is not None:
+        return legacy
+    if (directory / "chat_template.jinja").is_file():
+        return (directory / "chat_template.jinja").read_text(encoding="utf-8")
+    found = of_tokenizer.get("default") if isinstance(of_tokenizer, dict) else of_tokenizer
+    if found is None:
+        raise ValueError(f"{directory} has no chat template; expected chat_template.jinja or chat_template.json")
+    return found
+
+
+def _image_settings(directory: Path) -> ImageSettings:
+    """From processor_config.json where it holds them (transformers 5 writes that), or preprocessor_config.json."""
+    nested = _json(directory, "processor_config.json", {}).get("image_processor")
+    return ImageSettings.from_dict(nested or _json(directory, "preprocessor_config.json"))
+
+
+def _check_sizes(config: Qwen3VLConfig, settings: ImageSettings) -> None:
+    vision = config.vision
+    expected = (vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size)
+    found = (settings.patch_size, settings.temporal_patch_size, settings.merge_size)
+    if found != expected:
+        raise ValueError(
+            f"preprocessor_config.json has patch, temporal patch and merge sizes {found}; config.json has {expected}"
+        )

@@ -1,0 +1,55 @@
+"""What every test runs under: eight fake CPU devices, no network, no accelerator."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["MPLBACKEND"] = "Agg"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import functools
+import shutil
+import subprocess
+
+import jax
+import pytest
+
+# Before any array exists: the number of devices is fixed when the backend starts.
+jax.config.update("jax_num_cpu_devices", 8)
+
+
+@functools.cache
+def bubblewrap_problem() -> str | None:
+    """Why model-written code can not be isolated on this machine; None where it can."""
+    if shutil.which("bwrap") is None:
+        return "bubblewrap is not installed (apt-get install bubblewrap)"
+    probe = ["bwrap", "--unshare-all", "--ro-bind", "/", "/", "--dev", "/dev", "true"]
+    outcome = subprocess.run(probe, capture_output=True, text=True, timeout=30, check=False)
+    return None if outcome.returncode == 0 else f"bubblewrap does not work here: {outcome.stderr.strip()}"
+
+
+@functools.cache
+def chromium_problem() -> str | None:
+    """Why pages can not be rendered on this machine; None where they can."""
+    found = any(shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome"))
+    return None if found else "chromium is not installed (apt-get install chromium)"
+
+
+REQUIREMENTS = {"requires_bwrap": bubblewrap_problem, "requires_chromium": chromium_problem}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for name in REQUIREMENTS:
+        config.addinivalue_line("markers", f"{name}: skipped where it is missing; an error under CI=true")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A missing program skips a test on a laptop and fails it in CI, where nothing may be skipped unseen."""
+    for name, problem_of in REQUIREMENTS.items():
+        if item.get_closest_marker(name) is None:
+            continue
+        problem = problem_of()
+        if problem and os.environ.get("CI") == "true":
+            pytest.fail(problem, pytrace=False)
+        if problem:
+            pytest.skip(problem)

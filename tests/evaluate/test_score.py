@@ -1,0 +1,127 @@
+"""`hdpo score` against transformers, and what it does with lines that are no conversation."""
+
+import base64
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import Qwen3VLForConditionalGeneration
+
+from hdpo_jax.evaluate import score
+from hdpo_jax.evaluate.messages import MessagesError
+from hdpo_jax.evaluate.score import score_file
+from models.qwen3_vl.processing import Processor
+
+
+def picture(width: int, height: int, seed: int) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def data_uri(image: Image.Image) -> str:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def user(text: str, *images: str) -> dict[str, Any]:
+    return {
+        "role": "user",
+        "content": [{"type": "image", "image": i} for i in images] + [{"type": "text", "text": text}],
+    }
+
+
+CONVERSATIONS = [
+    [{"role": "user", "content": "What does the sign say?"}, {"role": "assistant", "content": "<answer>AEG</answer>"}],
+    [
+        user("Which is wider?", data_uri(picture(96, 32, 0)), data_uri(picture(40, 64, 1))),
+        {"role": "assistant", "content": "one"},
+    ],
+    [{"role": "user", "content": "Read the sign. " * 20}],
+    [user("Read the sign.", data_uri(picture(64, 64, 2)))],
+]
+
+
+@pytest.fixture
+def messages(tmp_path: Path) -> Path:
+    path = tmp_path / "in.jsonl"
+    path.write_text("".join(json.dumps({"messages": conversation}) + "\n" for conversation in CONVERSATIONS))
+    return path
+
+
+def oracle_logprobs(
+    model: Qwen3VLForConditionalGeneration, processor: Processor, token_ids: np.ndarray, conversation: list[Any]
+):
+    """log p(token t | tokens before it) for t >= 1, by transformers."""
+    encoded = processor.encode_messages(conversation, add_generation_prompt=True)
+    ids = torch.tensor(token_ids[None].astype(np.int64))
+    vision = {}
+    if encoded.images:
+        vision["pixel_values"] = torch.tensor(np.concatenate([image.patches for image in encoded.images]))
+        vision["image_grid_thw"] = torch.tensor([image.grid for image in encoded.images])
+        vision["mm_token_type_ids"] = (ids == processor.config.image_token_id).int()
+    with torch.no_grad():
+        logits = model(input_ids=ids, **vision).logits[0]
+    return torch.log_softmax(logits[:-1].double(), -1).gather(-1, ids[0, 1:, None])[:, 0].numpy()
+
+
+@pytest.mark.parametrize("add_generation_prompt", [False, True])
+def test_scores_are_those_of_transformers(
+    tiny_model: Path, messages: Path, tmp_path: Path, add_generation_prompt: bool
+):
+    output = tmp_path / "out.npz"
+    score_file(tiny_model, messages, output, add_generation_prompt=add_generation_prompt, dtype="float32")
+    processor = Processor.from_hf(tiny_model)
+    model = Qwen3VLForConditionalGeneration.from_pretrained(tiny_model, dtype=torch.float32)
+    with np.load(output) as scores:
+        assert len(scores.files) == 2 * len(CONVERSATIONS)
+        for index, conversation in enumerate(CONVERSATIONS):
+            token_ids, logprobs = scores[f"token_ids_{index}"], scores[f"logprobs_{index}"]
+            expected = processor.encode_messages(conversation, add_generation_prompt=add_generation_prompt).token_ids
+            assert token_ids.dtype == np.int32 and logprobs.dtype == np.float32
+            np.testing.assert_array_equal(token_ids, expected)
+            assert np.isnan(logprobs[0]) and len(logprobs) == len(token_ids)
+            oracle = oracle_logprobs(model, processor, token_ids, conversation)
+            np.testing.assert_allclose(logprobs[1:], oracle, atol=2e-4)
+
+
+def test_a_score_does_not_depend_on_its_neighbours(tiny_model: Path, tmp_path: Path):
+    lines = [json.dumps({"messages": conversation}) for conversation in CONVERSATIONS]
+    (tmp_path / "all.jsonl").write_text("\n".join(lines))
+    (tmp_path / "one.jsonl").write_text(lines[1])
+    score_file(tiny_model, tmp_path / "all.jsonl", tmp_path / "all.npz", dtype="float32")
+    score_file(tiny_model, tmp_path / "one.jsonl", tmp_path / "one.npz", dtype="float32")
+    with np.load(tmp_path / "all.npz") as everyone, np.load(tmp_path / "one.npz") as alone:
+        np.testing.assert_allclose(everyone["logprobs_1"][1:], alone["logprobs_0"][1:], atol=1e-5)
+
+
+def test_conversations_of_many_lengths_compile_few_programs(tiny_model: Path, tmp_path: Path):
+    words = [[{"role": "user", "content": "sign " * count}] for count in range(1, 60, 3)]
+    path = tmp_path / "in.jsonl"
+    path.write_text("".join(json.dumps({"messages": conversation}) + "\n" for conversation in words))
+    before = score.next_logprobs._cache_size()
+    score_file(tiny_model, path, tmp_path / "out.npz", dtype="float32")
+    # Twenty lengths, from under 20 to under 200 tokens: at most rows of 64, 128 and 256.
+    assert score.next_logprobs._cache_size() - before <= 3
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("nonsense", "in.jsonl:2: "),
+        ('{"messages": []}', "in.jsonl:2: "),
+        (json.dumps({"messages": [user("x", "/nowhere.png")]}), "in.jsonl:2: .*nowhere.png"),
+        (json.dumps({"messages": [user("x", "data:image/png;base64,AAAA")]}), "in.jsonl:2: .*can not be decoded"),
+    ],
+)
+def test_bad_line_is_named_and_nothing_is_written(tiny_model: Path, tmp_path: Path, line: str, problem: str):
+    path = tmp_path / "in.jsonl"
+    path.write_text(json.dumps({"messages": CONVERSATIONS[0]}) + f"\n{line}\n")
+    with pytest.raises(MessagesError, match=problem):
+        score_file(tiny_model, path, tmp_path / "out.npz", dtype="float32")
+    assert [file.name for file in tmp_path.iterdir()] == ["in.jsonl"]
