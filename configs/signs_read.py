@@ -19,9 +19,9 @@ def get_config() -> SFTConfig:
             steps=200,
             batch_size=128,
             checkpoint_every=100,
-            row_tokens=256,
-            row_patches=288,
+            row_tokens=152,
+            row_patches=192,
             micro_batch_rows=16,
-            max_rows=96,
+            max_rows=128,
         ),
     )

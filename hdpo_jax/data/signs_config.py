@@ -83,7 +83,7 @@ class SignsConfig:
     """Width and height of the plate behind illegible letters, px."""
     contrast: tuple[float, float] = (80.0, 150.0)
     """Range of the difference between letters and plate, grey levels."""
-    noise: float = 8.0
+    noise: float = 5.0
     """Standard deviation of the sensor noise, grey levels."""
     quality: int = 90
     """Of the JPEG."""

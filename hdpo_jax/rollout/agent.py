@@ -154,6 +154,11 @@ class Sampler:
 
     def warm_up(self, params: nnx.State) -> None:
         """Compiles every program for every static shape, so that nothing compiles later."""
+        # Twice: the state that a program returns may be laid out in another way than the empty one.
+        for _ in range(2):
+            self._run_every_program(params)
+
+    def _run_every_program(self, params: nnx.State) -> None:
         config, processor = self._config, self._processor
         nobody = np.full(config.slots, -1, np.int32)
         for tokens, patches in config.prompt_shapes:
@@ -388,9 +393,9 @@ class _Run:
         ids = np.concatenate([self._processor.close_turn, turn])
         images = answer.images[:kept]
         shown = tuple(answer.observation.images)[:kept]
-        live.turns.append(Turn(role="tool", text=answer.observation.text, images=shown))
         shape = _shape_for(self._config.observation_shapes, len(ids), _patches(images))
         if shape and live.length + len(ids) < live.limit:
+            live.turns.append(Turn(role="tool", text=answer.observation.text, images=shown))
             self._to_append[shape].append((live, ids, images))
         else:
             self._finish(live, StopReason.TOKEN_BUDGET)

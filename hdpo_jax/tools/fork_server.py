@@ -94,7 +94,7 @@ class ForkServer:
     def end(self, kernel: Kernel) -> int | None:
         """Closes the session, waits until it is gone and says how it ended.
 
-        Returns: a wait status; None when the server itself is gone.
+        Returns: a wait status; None when the server is gone, or hangs: then it is killed.
         """
         kernel.connection.close()
         with self._lock:
@@ -105,6 +105,7 @@ class ForkServer:
             while (answer := self._receive(ANSWER_SECONDS)) is not None:
                 if answer.get("session") == kernel.number:
                     return int(answer["status"])
+            self._kill()
             return None
 
     def stop(self) -> None:
@@ -129,45 +130,51 @@ class ForkServer:
         self._kill()
         self._starts += 1
         isolated = self._config.sandbox == "bubblewrap"
-        self._folder = tempfile.TemporaryDirectory(prefix="hdpo-tools-")
-        kernel = bubblewrap.KERNEL_INSIDE if isolated else str(bubblewrap.KERNEL)
-        variables = bubblewrap.environment(kernel)
-        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        host = os.pidfd_open(os.getpid())
-        settings = json.dumps(self._settings(isolated, theirs.fileno(), host))
-        command = [*bubblewrap.python_command(), settings]
-        report, reporter = os.pipe()
-        if isolated:
-            command = bubblewrap.sandboxed(command, variables, report=reporter)
-        log = tempfile.TemporaryFile()
-        try:
+        with contextlib.ExitStack() as stack:
+            log = stack.enter_context(tempfile.TemporaryFile())
+            report, reporter = (stack.enter_context(open(end, mode)) for end, mode in zip(os.pipe(), ("rb", "wb")))
+            host = stack.enter_context(open(os.pidfd_open(os.getpid()), "rb", buffering=0)).fileno()
+            self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            stack.enter_context(theirs)
+            self._folder = tempfile.TemporaryDirectory(prefix="hdpo-tools-")
+            command, variables = self._command(isolated, theirs.fileno(), host, reporter.fileno())
             # A session of its own: Ctrl-C in the terminal is the trainer's affair.
             self._process = subprocess.Popen(
                 command,
-                env={} if isolated else variables | {"HOME": self._folder.name, "MPLCONFIGDIR": self._folder.name},
+                env=variables,
                 cwd="/",
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                pass_fds=(theirs.fileno(), host, reporter),
+                pass_fds=(theirs.fileno(), host, reporter.fileno()),
                 start_new_session=True,
             )
-        finally:
+            # bubblewrap's own number, until it has told that of the server.
+            self._process_id = self._process.pid
             theirs.close()
-            os.close(host)
-            os.close(reporter)
-        with open(report) as told:
-            description = told.read()
-        self._process_id = json.loads(description)["child-pid"] if description else self._process.pid
-        answer = self._receive(START_SECONDS)
-        if answer is None or not answer.get("ready"):
-            self._kill()
-            log.seek(0)
-            lines = log.read().decode(errors="replace").strip().splitlines() or ["no answer"]
-            log.close()
-            advice = f"; {bubblewrap.INSTALL}" if isolated else ""
-            raise ConfigError(f"the python tool's {self._config.sandbox} sandbox does not start: {lines[-1]}{advice}")
-        log.close()
+            answer = self._receive(START_SECONDS)
+            os.set_blocking(report.fileno(), False)
+            description = report.read() if isolated else None
+            if description:
+                self._process_id = json.loads(description)["child-pid"]
+            if answer is None or not answer.get("ready"):
+                self._kill()
+                log.seek(0)
+                said = log.read().decode(errors="replace").strip().splitlines() or ["no answer"]
+                advice = f"; {bubblewrap.INSTALL}" if isolated else ""
+                raise ConfigError(
+                    f"the python tool's {self._config.sandbox} sandbox does not start: {said[-1]}{advice}"
+                )
+
+    def _command(self, isolated: bool, control: int, host: int, reporter: int) -> tuple[list[str], dict[str, str]]:
+        """The server's command line and its environment."""
+        kernel = bubblewrap.KERNEL_INSIDE if isolated else str(bubblewrap.KERNEL)
+        variables = bubblewrap.environment(kernel)
+        command = [*bubblewrap.python_command(), json.dumps(self._settings(isolated, control, host))]
+        if isolated:
+            return bubblewrap.sandboxed(command, variables, report=reporter), {}
+        folder = "" if self._folder is None else self._folder.name
+        return command, variables | {"HOME": folder, "MPLCONFIGDIR": folder}
 
     def _settings(self, isolated: bool, control: int, host: int) -> dict[str, Any]:
         config = self._config

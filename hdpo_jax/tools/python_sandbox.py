@@ -169,19 +169,24 @@ class PythonSession:
 
     def _restarted(self, reason: str) -> Observation:
         """Kills the session; the next call opens another."""
-        if self._kernel is not None:
-            self._server.close(self._kernel)
-            self._kernel = None
+        if self._end() is None:
+            return self._server_lost()
         return Observation(text=f"[{reason}. {self._state_lost()}]", ok=False)
 
     def _ended(self) -> Observation:
         """The process is gone: says why, and whose fault it is."""
-        kernel, self._kernel = self._kernel, None
-        status = self._server.end(kernel) if kernel is not None else None
+        status = self._end()
         if status is None:
-            logger.error("the python tool's fork server is gone, and with it a session")
-            return Observation(text=f"[The Python tool was lost. {self._state_lost()}]", ok=False, lost=True)
+            return self._server_lost()
         return Observation(text=f"[The Python process ended: {_cause(status)}. {self._state_lost()}]", ok=False)
+
+    def _end(self) -> int | None:
+        kernel, self._kernel = self._kernel, None
+        return None if kernel is None else self._server.end(kernel)
+
+    def _server_lost(self) -> Observation:
+        logger.error("the python tool's fork server is gone, and with it a session")
+        return Observation(text=f"[The Python tool was lost. {self._state_lost()}]", ok=False, lost=True)
 
     def _state_lost(self) -> str:
         images = len(self._images)

@@ -39,6 +39,10 @@ class ToolBox:
         """The open tools, as a chat template's system prompt takes them."""
         return [tool.schema for tool in self._tools.values()]
 
+    def tool(self, name: str) -> Tool:
+        """An open tool. Raises KeyError for others."""
+        return self._tools[name]
+
     def session(self, images: Sequence[bytes]) -> "Session":
         """One trajectory's tools; `images` are the prompt's original files."""
         return Session(self._tools, images)

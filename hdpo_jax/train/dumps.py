@@ -71,13 +71,13 @@ def data_uri(image: Image.Image) -> str:
         image = image.copy()
         image.thumbnail((THUMBNAIL, THUMBNAIL))
     file = io.BytesIO()
-    image.convert("RGB").save(file, "PNG" if small else "JPEG", quality=80)
+    image.convert("RGB").save(file, "PNG" if small else "JPEG", quality=70)
     return f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=1024)
 def _thumbnail_of_file(image: bytes) -> str:
-    """Cached: the rollouts of a group share their prompt's images."""
+    """Cached: the rollouts of a group, and two evaluations of the same prompts, share images."""
     return data_uri(load_image(image))
 
 

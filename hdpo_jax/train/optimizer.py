@@ -31,7 +31,7 @@ def make_optimizer(config: OptimizerConfig, total_steps: int, params: PyTree) ->
             adam_b2=config.b2,
             adam_weight_decay=config.weight_decay,
             adam_learning_rate=adam_rate,
-            muon_weight_dimension_numbers=_layer_matrices(params),
+            muon_weight_dimension_numbers=_matrices(params),
         )
     return _in_float32(optax.chain(optax.clip_by_global_norm(config.clip_norm), rule))
 
@@ -50,8 +50,8 @@ def learning_rate_schedule(config: OptimizerConfig, peak: float, total_steps: in
     return learning_rate
 
 
-def _layer_matrices(params: PyTree) -> PyTree:
-    """The tree of `params` with, for every stack of layer matrices, the axes they map from and to; None elsewhere."""
+def _matrices(params: PyTree) -> PyTree:
+    """The tree of `params` with, for every matrix of the network, the axes it maps from and to; None elsewhere."""
 
     def visit(leaf: Any) -> Any:
         axes = (leaf.get_metadata().get("axes") or ()) if isinstance(leaf, nnx.Variable) else ()
@@ -61,17 +61,19 @@ def _layer_matrices(params: PyTree) -> PyTree:
 
 
 def _matrix_axes(axes: tuple[str | None, ...], dimensions: int) -> MuonDimensionNumbers | None:
-    """A kernel's names, without the layers' in front, begin or end with the residual stream; a bias has no two sides.
+    """Which axes of a parameter are the two sides of its matrices; None for biases, scales and look-up tables.
 
-    ("embed", "heads", "head_dim") maps axis 1 to axes 2 and 3. Unnamed axes (the 3 of a joint query, key and value)
-    number matrices, as the layer axis does.
+    A kernel's names begin or end with the residual stream: ("embed", "heads", "head_dim"), stacked over layers, maps
+    axis 1 to axes 2 and 3. Unnamed axes (the 3 of a joint query, key and value) number matrices, as the layer axis
+    does. Mergers and the patch embedding are matrices without layers.
     """
-    if dimensions != len(axes) + 1 or len(axes) < 2:
+    stacked = dimensions - len(axes)
+    if len(axes) < 2 or "vocab" in axes:
         return None
-    named = tuple(place for place, name in enumerate(axes, start=1) if name is not None)
+    named = tuple(place for place, name in enumerate(axes, start=stacked) if name is not None)
     if str(axes[0]).endswith("embed"):
         return MuonDimensionNumbers(reduction_axis=named[:1], output_axis=named[1:])
-    if str(axes[-1]).endswith("embed"):
+    if axes[0] is not None and str(axes[-1]).endswith("embed"):
         return MuonDimensionNumbers(reduction_axis=named[:-1], output_axis=named[-1:])
     return None
 

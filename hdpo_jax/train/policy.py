@@ -1,5 +1,6 @@
 """A policy ready to sample and to learn: the model on its mesh, its parameters as a pytree, its processor."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,9 +27,9 @@ class Policy:
     mesh: Mesh
 
 
-def load_policy(config: ModelConfig, axes: MeshAxes) -> Policy:
-    """The policy in the HF directory `config.path`, its parameters spread over the mesh."""
-    mesh = make_mesh(axes)
+def load_policy(config: ModelConfig, axes: MeshAxes, devices: Sequence[jax.Device] | None = None) -> Policy:
+    """The policy in the HF directory `config.path`, its parameters spread over a mesh of `devices` (None: all)."""
+    mesh = make_mesh(axes, devices)
     processor = Processor.from_hf(config.path)
     model = load_hf(
         Path(config.path),
@@ -40,7 +41,3 @@ def load_policy(config: ModelConfig, axes: MeshAxes) -> Policy:
     graphdef, params = nnx.split(model)
     return Policy(model=model, graphdef=graphdef, params=params, processor=processor, mesh=mesh)
 
-
-def host_copy(params: nnx.State) -> nnx.State:
-    """Parameters copied out of buffers that the next step will donate."""
-    return jax.tree.map(jnp.copy, params)

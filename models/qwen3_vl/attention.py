@@ -46,19 +46,25 @@ def attention(
     Keys are never repeated for the heads that share them.
     """
     batch, length, heads, size = queries.shape
-    kv_heads = keys.shape[1]
-    mask = visibility.mask(keys.shape[2])[:, None, :, None]
+    kv_heads, tokens = keys.shape[1:3]
+    mask = visibility.mask(tokens)[:, None, None]
     # Scaling the queries is cheaper than scaling the scores.
     grouped = (queries * size**-0.5).reshape(batch, length, kv_heads, heads // kv_heads, size)
     if length == 1:
-        return _one_query(grouped, keys, values, mask[:, :, 0]).reshape(queries.shape).astype(queries.dtype)
-    scores = jnp.einsum("btkgd,bksd->bktgs", grouped, keys.astype(queries.dtype), preferred_element_type=jnp.float32)
-    shares = jax.nn.softmax(jnp.where(mask, scores, HIDDEN), axis=-1).astype(queries.dtype)
-    return jnp.einsum("bktgs,bksd->btkgd", shares, values.astype(queries.dtype)).reshape(queries.shape)
+        attended = _one_query(grouped[:, 0], keys, values, mask[:, :, :, 0])
+        return attended.astype(queries.dtype).reshape(queries.shape)
+    # The queries of a group under each other: plain batched matrix products, twice as fast on a CPU, with their
+    # gradients, as products over five named dimensions.
+    rows = grouped.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, size)
+    scores = jnp.einsum("bkqd,bksd->bkqs", rows, keys.astype(rows.dtype), preferred_element_type=jnp.float32)
+    scores = jnp.where(mask, scores.reshape(batch, kv_heads, -1, length, tokens), HIDDEN)
+    shares = jax.nn.softmax(scores, axis=-1).astype(rows.dtype).reshape(batch, kv_heads, -1, tokens)
+    attended = jnp.einsum("bkqs,bksd->bkqd", shares, values.astype(rows.dtype))
+    return attended.reshape(batch, heads, length, size).swapaxes(1, 2)
 
 
 def _one_query(
-    query: Float[Array, "batch 1 kv_heads group size"],
+    queries: Float[Array, "batch kv_heads group size"],
     keys: Float[Array, "batch kv_heads keys size"],
     values: Float[Array, "batch kv_heads keys size"],
     mask: Bool[Array, "batch 1 1 keys"],
@@ -67,6 +73,6 @@ def _one_query(
 
     As matrix products, with `group` rows each, it takes twice as long on a CPU (256 slots, 2 kv heads).
     """
-    scores = jnp.sum(query[:, 0, :, :, None] * keys[:, :, None].astype(jnp.float32), axis=-1)
+    scores = jnp.sum(queries[:, :, :, None] * keys[:, :, None].astype(jnp.float32), axis=-1)
     shares = jax.nn.softmax(jnp.where(mask, scores, HIDDEN), axis=-1)
     return jnp.sum(shares[..., None] * values[:, :, None].astype(jnp.float32), axis=-2)

@@ -52,7 +52,11 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(outputs, precision.params), axes=axes[len(inputs) :]) if bias else None
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        y = jnp.tensordot(x.astype(self.dtype), self.kernel[...].astype(self.dtype), self.contracted)
+        leading = x.shape[: x.ndim - self.contracted]
+        # One leading dimension: on a CPU the gradients of a product with two take 1.6 times as long.
+        flat = x.astype(self.dtype).reshape(-1, *x.shape[x.ndim - self.contracted :])
+        y = jnp.tensordot(flat, self.kernel[...].astype(self.dtype), self.contracted)
+        y = y.reshape(*leading, *y.shape[1:])
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 

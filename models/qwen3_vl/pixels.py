@@ -118,9 +118,9 @@ def load_image(source: bytes | str | Path) -> Image.Image:
     EXIF orientation is applied; an alpha channel is dropped. Raises ValueError, one line, for what can not be decoded
     and for images of more than `MAX_PIXELS`.
     """
-    name = f"image of {len(source)} bytes" if isinstance(source, bytes) else f"image {str(source)[:80]!r}"
+    name = _name(source)
     try:
-        with Image.open(io.BytesIO(_file_bytes(source, name))) as image:
+        with Image.open(io.BytesIO(image_bytes(source))) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{name} has {image.width} x {image.height} pixels; expected at most {MAX_PIXELS:,}")
             return ImageOps.exif_transpose(image).convert("RGB")
@@ -133,9 +133,14 @@ def load_image(source: bytes | str | Path) -> Image.Image:
         raise ValueError(f"{name} can not be decoded: {reason}") from error
 
 
-def _file_bytes(source: bytes | str | Path, name: str) -> bytes:
+def image_bytes(source: bytes | str | Path) -> bytes:
+    """The file that a path or a base64 data URI means, not decoded; bytes stay as they are.
+
+    Raises ValueError, one line, for what can not be read.
+    """
     if isinstance(source, bytes):
         return source
+    name = _name(source)
     if isinstance(source, str) and source.startswith("data:"):
         _, comma, payload = source.partition(",")
         try:
@@ -148,6 +153,10 @@ def _file_bytes(source: bytes | str | Path, name: str) -> bytes:
         return Path(source).read_bytes()
     except OSError as error:
         raise ValueError(f"{name} can not be read: {error.strerror}; expected a file or a data URI") from error
+
+
+def _name(source: bytes | str | Path) -> str:
+    return f"image of {len(source)} bytes" if isinstance(source, bytes) else f"image {str(source)[:80]!r}"
 
 
 def _no_payload(name: str) -> bytes:

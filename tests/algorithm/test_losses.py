@@ -36,6 +36,10 @@ def test_the_ratio_is_bounded_before_exp():
     np.testing.assert_allclose(found, np.exp([0.0, 20.0, -20.0]), rtol=1e-5)  # unbounded: inf and a NaN in 0 * inf
 
 
+loss_of = jax.jit(hdpo_loss, static_argnames=("w_acc", "w_tool", "clip_low", "clip_high"))
+part_of = jax.jit(hdpo_token_loss)
+
+
 # Two rollouts of 4 and 1 sampled tokens, of a third only the prompt. Log-probs as they were, but for one token.
 LOGP = jnp.log(jnp.array([[0.5, 0.5, 0.5, 0.75], [0.5, 0.5, 0.5, 0.5], [0.5, 0.5, 0.5, 0.5]]))
 OLD = jnp.log(jnp.full((3, 4), 0.5))
@@ -44,7 +48,7 @@ ACC, TOOL = jnp.array([1.0, -2.0, 9.0]), jnp.array([0.5, 0.0, 9.0])
 
 
 def test_terms_are_token_means():
-    loss, metrics = hdpo_loss(LOGP, OLD, ACC, TOOL, MASK)
+    loss, metrics = loss_of(LOGP, OLD, ACC, TOOL, MASK)
     # acc: (-1 * 3 - 1.2 + 2) / 5 tokens = -0.44. Mean of rollout means would be (-1.05 + 2) / 2 = 0.475;
     # over all 12 tokens -0.183.
     assert float(metrics["loss/acc"]) == pytest.approx(-0.44)
@@ -62,22 +66,22 @@ def test_terms_are_token_means():
 )
 def test_whose_tokens_the_tool_term_averages(tool_rollouts, expected):
     rollouts = None if tool_rollouts is None else jnp.array(tool_rollouts)
-    _, metrics = hdpo_loss(LOGP, OLD, ACC, TOOL, MASK, tool_rollouts=rollouts)
+    _, metrics = loss_of(LOGP, OLD, ACC, TOOL, MASK, tool_rollouts=rollouts)
     assert float(metrics["loss/tool"]) == pytest.approx(expected)
 
 
 def test_weights_and_clips_are_passed_on():
-    loss, _ = hdpo_loss(LOGP, OLD, ACC, TOOL, MASK, w_acc=2.0, w_tool=0.0, clip_high=0.1)
+    loss, _ = loss_of(LOGP, OLD, ACC, TOOL, MASK, w_acc=2.0, w_tool=0.0, clip_high=0.1)
     assert float(loss) == pytest.approx(2 * (-3 - 1.1 + 2) / 5)
 
 
 def test_parts_of_a_mini_batch_add_up():
     """However the tokens fall into parts, they sum to the whole; means of parts would not (2 of 5 tokens: -0.19)."""
-    whole, whole_metrics = hdpo_loss(LOGP, OLD, ACC, TOOL, MASK)
+    whole, whole_metrics = loss_of(LOGP, OLD, ACC, TOOL, MASK)
     tool_mask = MASK & (TOOL != 0)[:, None]
     counts = TokenCounts(acc=jnp.float32(5), tool=jnp.float32(4))
     parts = [
-        hdpo_token_loss(
+        part_of(
             LOGP[rows, tokens],
             OLD[rows, tokens],
             ACC[rows, None],
@@ -100,11 +104,11 @@ def test_parts_of_a_mini_batch_add_up():
 
 def test_masked_tokens_may_hold_anything_and_get_no_gradient():
     def loss(logp):
-        return hdpo_loss(logp, jnp.where(MASK, OLD, jnp.nan), ACC, TOOL, MASK)[0]
+        return loss_of(logp, jnp.where(MASK, OLD, jnp.nan), ACC, TOOL, MASK)[0]
 
     poisoned = jnp.where(MASK, LOGP, jnp.nan)
     assert float(loss(poisoned)) == pytest.approx(-0.44 + 0.15 * -0.525)
-    gradient = np.asarray(jax.grad(loss)(poisoned))
+    gradient = np.asarray(jax.jit(jax.grad(loss))(poisoned))
     assert np.all(gradient[~np.asarray(MASK)] == 0.0)
     # d/dlogp of -A r / 5 - 0.15 A_tool r / 4 at r = 1; nothing through the clipped token; 2 / 5 for the second rollout.
     np.testing.assert_allclose(gradient[0], [-0.2 - 0.15 * 0.125] * 3 + [0.0], atol=1e-6)
@@ -112,5 +116,5 @@ def test_masked_tokens_may_hold_anything_and_get_no_gradient():
 
 
 def test_nothing_sampled_is_no_loss():
-    loss, metrics = hdpo_loss(LOGP, OLD, ACC, TOOL, jnp.zeros_like(MASK))
+    loss, metrics = loss_of(LOGP, OLD, ACC, TOOL, jnp.zeros_like(MASK))
     assert float(loss) == 0.0 and all(np.isfinite(float(value)) for value in metrics.values())

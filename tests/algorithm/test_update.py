@@ -208,15 +208,15 @@ def test_what_was_not_sampled_is_not_learned(update):
 
 
 def test_dropped_rollouts_are_not_learned(update):
-    """Neither what a dropped rollout holds nor what it was rewarded with matters."""
+    """As if they had never been sampled: neither their tokens nor their rewards count, in no mean."""
     batch = make_batch(rows_each=1)
     dropped = batch.rows.loss_mask & ~batch.usable.ravel()[batch.rows.rollout]
     assert int(dropped.sum()) > 0
-    targets = jnp.where(dropped, (batch.rows.targets + 5) % VOCAB, batch.rows.targets)
-    changed = batch._replace(
-        rows=batch.rows._replace(targets=targets), accuracy_rewards=jnp.nan_to_num(batch.accuracy_rewards, nan=1.0)
+    absent = batch._replace(
+        rows=batch.rows._replace(loss_mask=batch.rows.loss_mask & ~dropped),
+        accuracy_rewards=jnp.nan_to_num(batch.accuracy_rewards, nan=1.0),
     )
-    found, metrics = update(fresh_state()[1], changed)
+    found, metrics = update(fresh_state()[1], absent)
     expected, _ = update(fresh_state()[1], batch)
     assert_same_bits(found, expected)
     assert all(np.isfinite(float(value)) for value in metrics.values())
@@ -232,6 +232,24 @@ def test_equal_rewards_change_nothing():
     assert_same_bits(found.params, fresh_state()[1].params)
     assert float(metrics["loss/total"]) == 0.0 and float(metrics["tool/nonzero_share"]) == 0.0
     assert float(metrics["tool/qualifying_share"]) == 1.0
+
+
+def test_forward_passes_are_those_that_are_needed():
+    """Micro-batches in use, once; and before the step those of the second mini-batch again, for old log-probs."""
+    passes: list[None] = []
+
+    class CountingLM(TinyLM):
+        def hidden_states(self, input_ids, **inputs):
+            jax.debug.callback(lambda: passes.append(None))
+            return super().hidden_states(input_ids, **inputs)
+
+    graphdef, params = nnx.split(CountingLM(nnx.Rngs(0)))
+    step = make_update(graphdef, OPTIMIZER, HDPO, temperature=TEMPERATURE, forbidden=FORBIDDEN)
+    batch = make_batch(rows_each=3, micros=6, per_row=2)
+    assert batch.micro_batches.tolist() == [2, 2]
+    jax.block_until_ready(step(init_state(params, OPTIMIZER), batch))
+    jax.effects_barrier()
+    assert len(passes) == 2 + 2 + 2  # with the empty ones 6 + 6 + 6; old log-probs of the first mini-batch too: 8
 
 
 def test_a_gradient_that_is_not_finite_skips_its_step(update):

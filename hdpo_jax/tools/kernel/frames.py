@@ -59,9 +59,7 @@ def send(
         raise Closed(str(error)) from None
 
 
-def receive(
-    connection: socket.socket, *, max_header: int, max_bytes: int, deadline: float | None = None
-) -> Frame:
+def receive(connection: socket.socket, *, max_header: int, max_bytes: int, deadline: float | None = None) -> Frame:
     """Reads one frame of at most `max_header` bytes of JSON and `max_bytes` of blobs, checked before they are read."""
     token, size = PREFIX.unpack(_read(connection, PREFIX.size, deadline))
     if size > max_header:

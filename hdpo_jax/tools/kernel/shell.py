@@ -196,7 +196,9 @@ def _explained(kind: Any, error: Any, trace: Any) -> str:
     own = trace
     while own is not None and not own.tb_frame.f_code.co_filename.startswith(CELL):
         own = own.tb_next
-    return "".join(traceback.TracebackException(kind, error, own, compact=True).format())
+    explained = traceback.TracebackException(kind, error, own, compact=True)
+    explained.stack[:] = [frame for frame in explained.stack if frame.filename != __file__]
+    return "".join(explained.format())
 
 
 class Session:
@@ -212,8 +214,9 @@ class Session:
         self._gallery = self._shell.gallery = Gallery(max_images)
         self._output: Output | None = None
         self._running = False
-        show = self._show_figures
-        plt.show = show
+        # IPython's advice on how to leave it.
+        warnings.filterwarnings("ignore", message="To exit: use")
+        plt.show = self._show_figures
         setattr(matplotlib.figure.Figure, "show", lambda figure, *_, **__: self._gallery.add(figure))  # noqa: B010
         setattr(Image.Image, "show", lambda image, *_, **__: self._gallery.add(image))  # noqa: B010
 
@@ -245,7 +248,6 @@ class Session:
         random.seed(0)
         np.random.seed(0)
         self._redirect()
-        signal.signal(signal.SIGINT, self._interrupt)
         names = {"np": np, "numpy": np, "PIL": PIL, "Image": Image, "math": math, "matplotlib": matplotlib, "plt": plt}
         drawing = (ImageDraw, ImageEnhance, ImageFilter, ImageFont, ImageOps)
         names |= {module.__name__.rpartition(".")[2]: module for module in drawing}
@@ -292,8 +294,7 @@ class Session:
         os.unlink(path)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
-        self._output = Output(self._output_chars, descriptor)
-        warnings.filterwarnings("ignore", message="To exit: use")
+        sys.stdout = sys.stderr = self._output = Output(self._output_chars, descriptor)
 
 
 def _opened(data: bytes | bytearray) -> Image.Image:

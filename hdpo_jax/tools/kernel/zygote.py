@@ -221,9 +221,7 @@ class Zygote:
     def _answer(self, connection: socket.socket) -> None:
         started = False
         while True:
-            token, header, blobs = frames.receive(
-                connection, max_header=MAX_CODE_BYTES, max_bytes=MAX_IMAGE_BYTES
-            )
+            token, header, blobs = frames.receive(connection, max_header=MAX_CODE_BYTES, max_bytes=MAX_IMAGE_BYTES)
             if not started:
                 self._session.start(blobs)
                 started = True

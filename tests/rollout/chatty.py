@@ -1,0 +1,42 @@
+"""A tiny policy that calls tools all the time: random weights, and few tokens to choose from."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from hdpo_jax.config import AgentConfig, ModelConfig, RolloutConfig
+from hdpo_jax.train.policy import Policy, load_policy
+from hdpo_jax.types import Prompt
+from sharding.mesh import MeshAxes
+
+AGENT = AgentConfig(max_calls=3, max_response_tokens=120, max_observation_tokens=60)
+ROLLOUT = RolloutConfig(
+    slots=6,
+    capacity=176,
+    chunk=8,
+    prefill_rows=4,
+    append_rows=4,
+    prompt_shapes=((56, 64),),
+    observation_shapes=((64, 0), (64, 32)),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    checkpoint: Path
+    prompts: list[Prompt]
+
+
+def chatty_policy(task: Task, devices: int = 1) -> Policy:
+    """Only `</tool_call>`, the end of a turn and a dozen letters may be sampled: most turns end in a call."""
+    config = ModelConfig(path=str(task.checkpoint), dtype="float32", remat="nothing")
+    axes = MeshAxes(data=devices // 2, fsdp=2) if devices > 1 else MeshAxes()
+    policy = load_policy(config, axes, jax.devices()[:devices])
+    processor = policy.processor
+    allowed = [processor.tool_call_end_id, processor.stop_ids[0], *processor.encode_text("ABCDEFGHKLMN")]
+    forbidden = np.ones_like(processor.forbidden)
+    forbidden[allowed] = False
+    processor.forbidden = forbidden
+    return policy

@@ -1,0 +1,232 @@
+"""What model-written code can not do, each shown by trying."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+import hdpo_jax
+from hdpo_jax.config import ConfigError, ToolsConfig
+from hdpo_jax.tools import ToolBox
+from hdpo_jax.tools.python_sandbox import PythonTool
+
+SECRET = "correct-horse-battery-staple"
+
+
+def descendants(process: int) -> list[int]:
+    """Live processes below one, seen from the host."""
+    parents: dict[int, int] = {}
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            state, parent = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()[:2]
+        except OSError:
+            continue
+        if state != "Z":
+            parents[int(entry)] = int(parent)
+    found = [process]
+    for candidate in found:
+        found += [child for child, parent in parents.items() if parent == candidate]
+    return found[1:]
+
+
+def wait_until(condition, seconds: float = 5.0) -> bool:
+    end = time.monotonic() + seconds
+    while not (met := condition()) and time.monotonic() < end:
+        time.sleep(0.02)
+    return met
+
+
+def server_of(box: ToolBox) -> int:
+    tool = box.tool("python")
+    assert isinstance(tool, PythonTool)
+    return tool.server.process_id
+
+
+@pytest.mark.requires_bwrap
+class TestSandbox:
+    def test_no_network(self, session, run):
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+            code = f"import socket\nsocket.create_connection(('127.0.0.1', {port}), 2)"
+            assert "ConnectionRefusedError" in run(session, code).text
+        assert "unreachable" in run(session, "socket.create_connection(('1.1.1.1', 80), 2)").text
+
+    def test_host_files_are_invisible(self, session, run, tmp_path):
+        repository = Path(next(iter(hdpo_jax.__path__))).parent
+        with (
+            tempfile.NamedTemporaryFile("w", dir=Path.home()) as at_home,
+            tempfile.NamedTemporaryFile("w") as temporary,
+        ):
+            (tmp_path / "secret").write_text(SECRET)
+            paths = [str(tmp_path / "secret"), at_home.name, temporary.name, str(repository / "pyproject.toml")]
+            paths += ["/etc/passwd", "/etc/hostname", "/var", "/home", "/sys", "/run", "/proc/1/root/etc/passwd"]
+            code = f"import os\n[path for path in {paths} if os.path.exists(path)]"
+            assert run(session, code).text == "[]"
+
+    def test_no_secrets_in_the_environment(self, session, run):
+        code = """
+import os, glob
+seen = str(dict(os.environ))
+for path in glob.glob('/proc/*/environ') + glob.glob('/proc/*/cmdline'):
+    try:
+        seen += open(path, errors='replace').read()
+    except PermissionError:
+        pass
+print(sorted(os.environ))
+print('horse' in seen)
+"""
+        names, found = run(session, code).text.splitlines()
+        assert found == "False"
+        assert not any(word in names for word in ("TOKEN", "KEY", "SECRET", "PASSWORD"))
+
+    def test_only_its_own_processes_are_visible(self, box, run):
+        with box.session([]) as other, box.session([]) as session:
+            run(other, "1")
+            code = "import os\n[name for name in os.listdir('/proc') if name.isdigit()] == [str(os.getpid())]"
+            assert run(session, code).text == "True"
+            run(session, "import os, signal\nos.kill(-1, signal.SIGKILL)")
+            assert run(other, "2").text == "2"
+
+    def test_no_rights(self, session, run):
+        code = """
+import ctypes, os
+status = dict(line.split(':\\t', 1) for line in open('/proc/self/status').read().splitlines())
+print(*(int(status[name], 16) for name in ('CapInh', 'CapPrm', 'CapEff', 'CapAmb')), status['NoNewPrivs'])
+libc = ctypes.CDLL(None)
+print(libc.unshare(0x10000000), libc.mount(b'tmpfs', b'/tmp', b'tmpfs', 0, None), os.getuid() != 0)
+"""
+        assert run(session, code).text == "0 0 0 0 1\n-1 -1 True"
+
+    def test_the_system_is_read_only(self, session, run):
+        code = """
+import os, sys
+for folder in ('/', '/usr', '/etc', '/dev', '/kernel', sys.prefix, os.path.dirname(np.__file__), '/proc/sys/kernel'):
+    try:
+        open(os.path.join(folder, 'x'), 'w')
+        print('wrote to', folder)
+    except OSError:
+        pass
+"""
+        assert run(session, code).text == "(no output)"
+
+    def test_memory_is_bounded(self, session, run):
+        for code in ("bytearray(1 << 29)", "np.ones(1 << 26)", "import mmap; mmap.mmap(-1, 1 << 29)"):
+            observation = run(session, code)
+            assert not observation.ok and any(word in observation.text for word in ("MemoryError", "allocate memory"))
+        assert run(session, "len(bytearray(1 << 26))").text == str(1 << 26)
+
+    def test_processes_are_bounded(self, box, session, run):
+        code = """
+import os, time
+count = 0
+try:
+    while count < 1000:
+        if os.fork() == 0:
+            time.sleep(60)
+        count += 1
+except OSError as error:
+    print(count, error.strerror)
+"""
+        # 12 allowed, one of which is the session itself.
+        assert run(session, code).text == "11 Resource temporarily unavailable"
+        with box.session([]) as other:
+            assert run(other, "import subprocess\nsubprocess.run(['echo', 'fine'])\n;").text == "fine"
+        assert len(descendants(server_of(box))) >= 12
+        session.close()
+        assert wait_until(lambda: not descendants(server_of(box)))
+
+    def test_disk_is_bounded(self, session, run):
+        code = """
+for path in ('/tmp/a', '/tmp/b', '/dev/shm/c'):
+    try:
+        with open(path, 'wb') as file:
+            for _ in range(100): file.write(bytes(1 << 20))
+    except OSError as error:
+        print(error.strerror)
+import shutil; print(shutil.disk_usage('/tmp').total >> 20)
+"""
+        *problems, size = run(session, code).text.splitlines()
+        assert len(problems) == 3 and size == "8"
+        assert run(session, "import os; os.remove('/tmp/a'); print('alive')").text == "alive"
+
+    def test_closing_ends_everything_that_was_started(self, box, run):
+        session = box.session([])
+        code = "import subprocess\nfor _ in range(3): subprocess.Popen('setsid sleep 300 & sleep 300', shell=True)"
+        assert run(session, code).ok
+        assert wait_until(lambda: len(descendants(server_of(box))) >= 7)
+        session.close()
+        assert wait_until(lambda: not descendants(server_of(box)))
+
+    def test_closing_the_tools_ends_the_sandbox(self, run):
+        box = ToolBox(ToolsConfig())
+        server = server_of(box)
+        session = box.session([])
+        run(session, "import subprocess; subprocess.Popen(['sleep', '300'])")
+        everything = [server, *descendants(server)]
+        box.close()
+        assert wait_until(lambda: not any(os.path.exists(f"/proc/{process}") for process in everything))
+        assert run(session, "1").lost
+
+    @pytest.mark.slow
+    def test_the_sandbox_ends_with_the_trainer_however_it_dies(self):
+        code = (
+            "import time; from hdpo_jax.config import ToolsConfig; from hdpo_jax.tools.python_sandbox import PythonTool\n"
+            "tool = PythonTool(ToolsConfig()); session = tool.open([])\n"
+            "session.call({'code': 'import subprocess; subprocess.Popen([\"sleep\", \"300\"])'})\n"
+            "print(tool.server.process_id, flush=True); time.sleep(300)"
+        )
+        trainer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        assert trainer.stdout is not None
+        server = int(trainer.stdout.readline())
+        everything = [server, *descendants(server)]
+        assert len(everything) >= 3
+        os.kill(trainer.pid, signal.SIGKILL)
+        trainer.wait()
+        trainer.stdout.close()
+        assert wait_until(lambda: not any(os.path.exists(f"/proc/{process}") for process in everything))
+
+
+class TestWithoutSandbox:
+    def test_it_works_and_warns(self, run, picture, capfd):
+        with ToolBox(ToolsConfig(sandbox="none")) as box:
+            assert "WITHOUT a sandbox" in " ".join(capfd.readouterr().err.split())
+            with box.session([picture]) as session:
+                assert run(session, "x = 1\nimage_1.crop((0, 0, 9, 9))").images[0].size == (9, 9)
+                assert run(session, "x").text == "1"
+                assert "exit code 3" in run(session, "import os; os._exit(3)").text
+                code = (
+                    "import subprocess\nfor _ in range(2): subprocess.Popen('setsid sleep 300 & sleep 300', shell=True)"
+                )
+                assert run(session, code).ok
+                assert wait_until(lambda: len(descendants(server_of(box))) >= 5)
+            assert wait_until(lambda: not descendants(server_of(box)))
+
+
+def test_missing_bubblewrap_is_refused_in_one_line(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError) as refusal:
+        ToolBox(ToolsConfig())
+    message = str(refusal.value)
+    assert "apt-get install bubblewrap" in message and "--tools.sandbox none" in message and "\n" not in message
+
+
+def test_bubblewrap_that_does_not_work_is_refused_in_one_line(monkeypatch, tmp_path):
+    program = tmp_path / "bwrap"
+    program.write_text("#!/bin/sh\necho 'bwrap: No permissions to create new namespace' >&2; exit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError) as refusal:
+        ToolBox(ToolsConfig())
+    message = str(refusal.value)
+    assert "No permissions to create" in message and "--tools.sandbox none" in message and "\n" not in message
+
+
+def test_unknown_tools_are_refused():
+    with pytest.raises(ConfigError, match=r"tools.names holds 'pyton'; expected names among python"):
+        ToolBox(ToolsConfig(names=("pyton",)))

@@ -1,0 +1,159 @@
+"""Whole runs through the command line: SFT and HDPO on the built-in task, killed in the middle and resumed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from hdpo_jax.data.signs import SignsConfig, cold_start_texts, write_signs
+from hdpo_jax.data.signs_config import ColdStartPhase
+from hdpo_jax.data.tiny_checkpoint import write_tiny_checkpoint
+
+pytestmark = [pytest.mark.slow, pytest.mark.requires_bwrap]
+
+ROOT = Path(__file__).parents[2]
+STEPS, EVERY = 4, 2
+
+SFT = """
+from dataclasses import replace
+from configs import signs_read
+
+def get_config():
+    config = signs_read.get_config()
+    return replace(
+        config,
+        output={output!r},
+        model=replace(config.model, path={model!r}),
+        data=replace(config.data, path={data!r}),
+        train=replace(config.train, steps=4, batch_size=8, checkpoint_every=2, micro_batch_rows=2, max_rows=8),
+    )
+"""
+
+RL = """
+from dataclasses import replace
+from configs import signs_hdpo
+
+def get_config():
+    config = signs_hdpo.get_config()
+    return replace(
+        config,
+        output={output!r},
+        model=replace(config.model, path={model!r}),
+        data=replace(config.data, path={data!r}),
+        rollout=replace(config.rollout, slots=8, prefill_rows=2, append_rows=2, chunk=8),
+        agent=replace(config.agent, max_response_tokens=48),
+        optimizer=replace(config.optimizer, learning_rate=1e-2),
+        train=replace(
+            config.train, steps=4, prompts_per_step=4, group_size=4, mini_batches=2, checkpoint_every=2,
+            micro_batch_rows=2, max_rows=16, dump_every=2,
+        ),
+    )
+"""
+
+
+@dataclass(frozen=True)
+class Task:
+    model: Path
+    conversations: Path
+    prompts: Path
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory) -> Task:
+    directory = tmp_path_factory.mktemp("signs")
+    phase = ColdStartPhase(conversations=40, tool_share_legible=0.5, tool_share_illegible=0.5)
+    files = write_signs(directory / "data", SignsConfig(cold_start=(phase,), train_boards=24, test_boards=8), seed=0)
+    write_tiny_checkpoint(directory / "model", seed=0, corpus=cold_start_texts(files.cold_start))
+    return Task(directory / "model", files.cold_start[0], files.train)
+
+
+def start(command: str, config: Path) -> subprocess.Popen:
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    environment.pop("XLA_FLAGS", None)
+    return subprocess.Popen(
+        [sys.executable, "-m", "hdpo_jax", command, str(config)],
+        env=environment,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, output
+    return output
+
+
+def metrics(run: Path) -> list[dict]:
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def wait_for_step(process: subprocess.Popen, run: Path, step: int) -> None:
+    deadline = time.monotonic() + 300
+    while not any(line["step"] >= step for line in metrics(run)):
+        assert process.poll() is None, process.stdout.read() if process.stdout else ""
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def exported(run: Path) -> dict[str, np.ndarray]:
+    process = subprocess.run(
+        [sys.executable, "-m", "hdpo_jax", "export-hf", "--checkpoint", str(run), "--output", str(run / "hf")],
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    return load_file(run / "hf" / "model.safetensors")
+
+
+def same_but_for_time(ours: list[dict], theirs: list[dict]) -> bool:
+    def what(lines: list[dict]) -> list[dict]:
+        return [{name: value for name, value in line.items() if not name.startswith("time/")} for line in lines]
+
+    return what(ours) == what(theirs)
+
+
+@pytest.mark.parametrize(("command", "template"), [("sft", SFT), ("train", RL)])
+def test_killed_and_resumed_is_the_run_undisturbed(task, tmp_path, command, template):
+    data = task.conversations if command == "sft" else task.prompts
+    runs = []
+    for name, kill in (("undisturbed", None), ("killed", signal.SIGKILL), ("stopped", signal.SIGTERM)):
+        run, config = tmp_path / name, tmp_path / f"{name}.py"
+        config.write_text(template.format(output=str(run), model=str(task.model), data=str(data)))
+        process = start(command, config)
+        if kill:
+            # After step 3 the newest checkpoint is that of step 2: step 3 has to be done again.
+            wait_for_step(process, run, EVERY + 1)
+            process.send_signal(kill)
+            process.wait(timeout=120)
+            process = start(command, config)
+        finish(process)
+        runs.append(run)
+    undisturbed, *disturbed = runs
+    assert [line["step"] for line in metrics(undisturbed)] == list(range(1, STEPS + 1))
+    weights = exported(undisturbed)
+    for run in disturbed:
+        assert same_but_for_time(metrics(run), metrics(undisturbed))
+        for name, tensor in exported(run).items():
+            np.testing.assert_array_equal(tensor, weights[name], err_msg=name)
+    if command == "train":
+        lines = (undisturbed / "rollouts" / "step_2.jsonl").read_text().splitlines()
+        assert len(lines) == 16
+        # Sampler and trainer agree at every step.
+        assert all(line["policy/logprob_gap_max"] < 1e-4 for line in metrics(undisturbed))
