@@ -10,18 +10,18 @@ from hdpo_jax.config import DataConfig, ModelConfig, OptimizerConfig, SFTConfig,
 def get_config() -> SFTConfig:
     return SFTConfig(
         output="runs/quickstart/read",
-        model=ModelConfig(path="runs/quickstart/random", dtype="float32", remat="nothing"),
+        model=ModelConfig(path="runs/quickstart/random", dtype="float32", remat="full"),
         data=DataConfig(path="runs/quickstart/data/cold_start_0.parquet"),
         optimizer=OptimizerConfig(
-            name="muon", muon_learning_rate=2e-2, learning_rate=2e-3, schedule="cosine", weight_decay=0.0
+            name="muon", muon_learning_rate=2e-2, learning_rate=3e-3, schedule="cosine", b2=0.99, weight_decay=0.0
         ),
         train=SFTTrainConfig(
-            steps=200,
-            batch_size=128,
+            steps=400,
+            batch_size=64,
             checkpoint_every=100,
             row_tokens=152,
             row_patches=192,
-            micro_batch_rows=16,
-            max_rows=128,
+            micro_batch_rows=8,
+            max_rows=64,
         ),
     )

@@ -72,6 +72,9 @@ class ToolsConfig:
     output_chars: int = 65_536
     max_images: int = 8
     """Images one call may return; the rest are dropped whole, and the observation says so."""
+    crop_in_process: bool = True
+    """Whether calls that only crop or resize a prompt image by literal numbers skip the interpreter: the same answer
+    for a hundredth of the time, and none of the policy's code is run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +87,8 @@ class RolloutConfig:
     """Decode steps between two looks of the host, at most."""
     return_early: float = 0.25
     """Share of the running slots that may wait for the host before a chunk ends early."""
+    gather_seconds: float = 0.05
+    """How long a batch in which most slots wait for tools waits for their answers before it decodes without them."""
     temperature: float = 1.0
     top_k: int = 0
     """0: no truncation."""

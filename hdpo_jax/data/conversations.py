@@ -31,13 +31,19 @@ class ConversationDataset(Dataset[Conversation]):
         path: a parquet file, or a folder of them.
         max_bad_rows: share of unusable rows past which DataError is raised.
         progress: called with the rows checked so far and all rows.
+        problem: why an example can not be used, in words, or None; asked when it is first read.
     """
 
     def __init__(
-        self, path: str | Path, *, max_bad_rows: float = 0.01, progress: Callable[[int, int], None] | None = None
+        self,
+        path: str | Path,
+        *,
+        max_bad_rows: float = 0.01,
+        progress: Callable[[int, int], None] | None = None,
+        problem: Callable[[Conversation], str | None] | None = None,
     ):
         rows = open_rows(path, ("messages", "images"), COLD_START_COLUMNS, "cold-start conversations")
-        super().__init__(rows, parse_conversation, max_bad_rows=max_bad_rows, progress=progress)
+        super().__init__(rows, parse_conversation, max_bad_rows=max_bad_rows, progress=progress, problem=problem)
 
 
 def parse_conversation(row: Mapping[str, Any], id: str) -> Conversation:

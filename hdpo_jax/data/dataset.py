@@ -83,6 +83,7 @@ class Dataset(Generic[T]):
         parse: row and id to an example; raises RowError.
         max_bad_rows: share of bad rows that is put up with. More raise DataError.
         progress: called with the rows checked so far and all rows, about 200 times.
+        problem: why an example can not be used, in words, or None; asked when it is first read.
     """
 
     def __init__(
@@ -92,9 +93,11 @@ class Dataset(Generic[T]):
         *,
         max_bad_rows: float,
         progress: Callable[[int, int], None] | None,
+        problem: Callable[[T], str | None] | None = None,
     ):
         self._rows = rows
         self._parse = parse
+        self._problem = problem
         self.max_bad_rows = max_bad_rows
         bad, usable = [], []
         every = max(1, len(rows) // 200)
@@ -107,8 +110,8 @@ class Dataset(Generic[T]):
             if progress and ((index + 1) % every == 0 or index + 1 == len(rows)):
                 progress(index + 1, len(rows))
         self._usable = np.asarray(usable, np.int64)
-        self._decoded: set[int] = set()
-        """Rows whose images were decoded once: later epochs need not do it again."""
+        self._known_good: set[int] = set()
+        """Rows that were read, and their images decoded, once: later epochs need not do it again."""
         self.report = Report(path=str(rows.path), rows=len(rows), bad=tuple(bad))
         self.report.check(max_bad_rows)
 
@@ -122,12 +125,18 @@ class Dataset(Generic[T]):
         row = int(self._usable[index])
         try:
             example = self._example(row, self._rows[row])
-            if row not in self._decoded:
-                _check_images(example, check_pixels)
-                self._decoded.add(row)
+            if row not in self._known_good:
+                self._check_on_first_read(example)
+                self._known_good.add(row)
         except RowError as error:
             raise BadRowError(self._bad_row(row, str(error))) from error
         return example
+
+    def _check_on_first_read(self, example: T) -> None:
+        _check_images(example, check_pixels)
+        problem = self._problem(example) if self._problem else None
+        if problem:
+            raise RowError(problem)
 
     def __iter__(self) -> Iterator[T]:
         return (self[index] for index in range(len(self)))

@@ -17,8 +17,8 @@ Box = tuple[int, int, int, int]
 """Left, top, right, bottom in pixels; right and bottom are outside."""
 Color = tuple[int, int, int]
 
-FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono", "DejaVuSansMono-Bold")
-"""Faces that matplotlib ships, so that no system font is needed."""
+FONTS = ("DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSansMono-Oblique", "DejaVuSansMono-BoldOblique")
+"""Faces that matplotlib ships, so that no system font is needed; of one width, as on number plates."""
 
 PLATE_COLORS: dict[str, Color] = {
     "red": (120, 20, 24),

@@ -1,8 +1,9 @@
 """Lines of metrics.jsonl as the charts of the report page."""
 
-import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean as mean
+from statistics import median
 from typing import Any
 
 POINTS = 500
@@ -21,6 +22,8 @@ class Chart:
     """The axis runs from 0 to 100 %."""
     lines: Mapping[str, tuple[str, str]]
     """Metric -> label, tone ("accuracy", "tool", "needed", "ink" or "muted")."""
+    odd_steps: bool = False
+    """Single steps may be far off, such as one that compiles: the smooth line is a median, not a mean."""
 
 
 CHARTS = (
@@ -63,31 +66,50 @@ CHARTS = (
             "tool/nonzero_share": ("non-zero", "tool"),
         },
     ),
+    Chart(
+        title="Strength of the channels",
+        note="Mean size of the advantages that are not zero.",
+        lines={
+            "advantage/acc_strength": ("accuracy", "accuracy"),
+            "advantage/tool_strength": ("efficiency", "tool"),
+        },
+    ),
+    Chart(
+        title="Loss",
+        lines={
+            "loss/total": ("total", "ink"),
+            "loss/acc": ("accuracy", "accuracy"),
+            "loss/tool": ("efficiency", "tool"),
+        },
+    ),
     Chart(title="Gradient norm", note="Before clipping.", lines={"optimizer/grad_norm": ("norm", "ink")}),
+    Chart(
+        title="Sampler against trainer",
+        note="Difference between their log-probs of the same tokens.",
+        lines={
+            "policy/logprob_gap_max": ("largest", "ink"),
+            "policy/logprob_gap_mean": ("mean", "muted"),
+        },
+    ),
+    Chart(
+        title="Seconds a step",
+        odd_steps=True,
+        lines={
+            "time/step": ("step", "ink"),
+            "time/rollout": ("rollout", "needed"),
+            "time/update": ("update", "accuracy"),
+        },
+    ),
 )
-FAMILIES = {"loss/": Chart(title="Loss", lines={}), "time/": Chart(title="Seconds a step", lines={})}
-"""Every metric that starts like this becomes a line of the chart."""
-TONE_OF_NAME = {"acc": "accuracy", "accuracy": "accuracy", "tool": "tool", "total": "ink", "step": "ink"}
 
 
 def charts_of(records: Records) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The charts that every run shares and these records have data for; then one for each metric left over."""
     names = sorted({name for record in records for name, value in record.items() if _is_number(value)} - {"step"})
-    families = [_family(prefix, chart, names) for prefix, chart in FAMILIES.items()]
-    known = [chart for chart in (*CHARTS, *families) if any(name in names for name in chart.lines)]
+    known = [chart for chart in CHARTS if any(name in names for name in chart.lines)]
     shown = {name for chart in known for name in chart.lines}
     rest = [Chart(title=name, lines={name: ("", "ink")}) for name in names if name not in shown]
     return [_draw(chart, records) for chart in known], [_draw(chart, records) for chart in rest]
-
-
-def _family(prefix: str, chart: Chart, names: Sequence[str]) -> Chart:
-    spare = itertools.cycle(("muted", "needed", "accuracy", "tool"))
-    lines = {}
-    for name in names:
-        if name.startswith(prefix):
-            label = name.removeprefix(prefix)
-            lines[name] = (label, TONE_OF_NAME[label] if label in TONE_OF_NAME else next(spare))
-    return Chart(title=chart.title, note=chart.note, lines=lines)
 
 
 def _draw(chart: Chart, records: Records) -> dict[str, Any]:
@@ -97,7 +119,7 @@ def _draw(chart: Chart, records: Records) -> dict[str, Any]:
         if not points:
             continue
         steps, values = zip(*points, strict=True)
-        smooth = moving_mean(values, len(values) // 20)
+        smooth = moving(median if chart.odd_steps else mean, values, len(values) // 20)
         keep = _evenly(len(steps), POINTS)
         lines.append(
             {
@@ -111,10 +133,9 @@ def _draw(chart: Chart, records: Records) -> dict[str, Any]:
     return {"title": chart.title, "note": chart.note, "share": chart.share, "lines": lines}
 
 
-def moving_mean(values: Sequence[float], radius: int) -> list[float]:
-    """Each value's mean with its neighbours, up to `radius` on either side; fewer at the ends."""
-    windows = (values[max(0, i - radius) : i + radius + 1] for i in range(len(values)))
-    return [sum(window) / len(window) for window in windows]
+def moving(average: Callable[[Sequence[float]], float], values: Sequence[float], radius: int) -> list[float]:
+    """Each value's average with its neighbours, up to `radius` on either side; fewer at the ends."""
+    return [average(values[max(0, i - radius) : i + radius + 1]) for i in range(len(values))]
 
 
 def _evenly(count: int, limit: int) -> list[int]:

@@ -32,7 +32,14 @@ TILES = (
     ("redundant_tool_rate", "Redundant calls", "on signs that can be read without", "tool"),
     ("needed_tool_rate", "Needed calls", "on signs that can not", "needed"),
 )
-STAGES = {"sft": "Cold start", "rl": "HDPO", "eval": "Evaluation", "total": "Total"}
+STAGES = {
+    "data": "Drawing signs",
+    "read": "Learning to read",
+    "sft": "Cold start",
+    "rl": "HDPO",
+    "eval": "Evaluation",
+    "total": "Total",
+}
 
 
 def collect(run_dir: Path) -> dict[str, Any]:
@@ -54,7 +61,10 @@ def _comparison(run_dir: Path) -> dict[str, Any]:
     images = ImageTable()
     items = pair_items(old, new, keys, images)
     training, more = charts_of(read_metrics(run_dir / "hdpo" / "metrics.jsonl"))
-    cold_start, cold_start_more = charts_of(read_metrics(run_dir / "sft" / "metrics.jsonl"))
+    supervised = []
+    for stage in ("read", "sft"):
+        charts, _ = charts_of(read_metrics(run_dir / stage / "metrics.jsonl"))
+        supervised += [chart | {"title": STAGES[stage]} for chart in charts if chart["title"] == "Loss"]
     return {
         "title": "Knowing when to look closer",
         "lede": _lede(before, after),
@@ -67,8 +77,8 @@ def _comparison(run_dir: Path) -> dict[str, Any]:
         "table": _table(before, after, seen),
         "paths": _paths(seen),
         "facts": _run_facts(summary),
-        "sections": _sections(("HDPO, step by step", training), ("Cold start, step by step", cold_start)),
-        "more": more + cold_start_more,
+        "sections": _sections(("HDPO, step by step", training), ("Before it: supervised loss", supervised)),
+        "more": more,
         "browser": {"note": f"Shown: {which}.", "items": items},
         "images": images.uris,
     }
@@ -82,11 +92,11 @@ def _single_run(run_dir: Path) -> dict[str, Any]:
     images = ImageTable()
     items, which = group_items(sorted(paths), images)
     window = max(1, len(records) // 10)
-    steps = "step" if window == 1 else f"{window} steps"
+    steps, what = ("step", "values") if window == 1 else (f"{window} steps", "means")
     last = records[-1]["step"] if records else 0
     return {
         "title": run_dir.resolve().name,
-        "lede": f"{last} steps. The figures compare the mean of the first {steps} with that of the last.",
+        "lede": f"{last} steps. The figures are {what} of the first and of the last {steps}.",
         "sides": [f"First {steps}", f"Last {steps}"],
         "tiles": _ends(records, window),
         "table": [],

@@ -18,39 +18,24 @@ from jaxtyping import Int
 
 from hdpo_jax.config import AgentConfig, RolloutConfig
 from hdpo_jax.rollout.engine import Admission, Chunk, Extension, Programs, make_programs
+from hdpo_jax.rollout.prompts import PromptEncoder, Question, count_patches, shape_for
 from hdpo_jax.tools.protocol import parse_tool_call
 from hdpo_jax.tools.toolbox import Session, ToolBox
 from hdpo_jax.types import Observation, Prompt, StopReason, ToolCall, Trajectory, Turn
 from models.qwen3_vl import EncodedImage, KVCache, PackedImages, Qwen3VL
 from models.qwen3_vl.images import feature_indices, mrope_positions, pack_images
-from models.qwen3_vl.processing import Processor, load_image
+from models.qwen3_vl.processing import Processor
 
 ENCODERS = 2
 """Threads that encode prompts where there are no tools to run."""
-
-
-class PromptTooLong(ValueError):
-    """A prompt has more tokens or image patches than any of `rollout.prompt_shapes` holds."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Question:
-    """A prompt as the model gets it, one for all the rollouts of its group."""
-
-    prompt: Prompt
-    group: int
-    token_ids: Int[np.ndarray, " tokens"]
-    positions: Int[np.ndarray, "tokens 3"]
-    images: Sequence[EncodedImage]
-    shape: tuple[int, int]
-    """Static tokens and patches that it is padded to."""
 
 
 @dataclass(kw_only=True)
 class _Live:
     """A trajectory under way."""
 
-    question: _Question
+    question: Question
+    group: int
     sample: int
     slot: int
     limit: int
@@ -110,7 +95,9 @@ class Sampler:
         agent: AgentConfig,
         rollout: RolloutConfig,
         seed: int,
+        encode: PromptEncoder | None = None,
     ):
+        self._encode = encode or PromptEncoder(processor, rollout)
         self._processor = processor
         self._toolbox = toolbox
         self._agent = agent
@@ -199,9 +186,9 @@ class _Run:
         self._processor = sampler._processor
         self._programs = sampler._programs
         self._to_prefill: deque[int] = deque(range(len(prompts)))
-        self._encoded: list[_Question] = []
+        self._encoded: list[tuple[int, Question]] = []
         self._prefilled: KVCache | None = None
-        self._to_fork: deque[tuple[int, _Question, int]] = deque()
+        self._to_fork: deque[tuple[int, int, Question, int]] = deque()
         self._free = list(range(self._config.slots))[::-1]
         self._live: dict[int, _Live] = {}
         self._decoding: set[int] = set()
@@ -218,14 +205,11 @@ class _Run:
     def to_the_end(self, pool: ThreadPoolExecutor) -> list[Trajectory]:
         while self._to_prefill or self._encoded or self._to_fork or self._live:
             self._collect_answers()
-            self._append()
             self._admit(pool)
+            self._gather_answers()
+            self._append()
             if self._decoding:
                 self._decode(pool)
-            elif self._calls:
-                started = time.perf_counter()
-                wait(self._calls, return_when=FIRST_COMPLETED)
-                self.stats.wait_seconds += time.perf_counter() - started
         return sorted(self._finished, key=lambda trajectory: (trajectory.group, trajectory.sample))
 
     def close(self) -> None:
@@ -247,50 +231,30 @@ class _Run:
         rows = self._config.prefill_rows
         more = min(rows - len(self._encoded), len(self._to_prefill))
         self._encoded.extend(pool.map(self._encode, [self._to_prefill.popleft() for _ in range(more)]))
-        tokens, patches = shape = self._encoded[0].shape
-        questions = [question for question in self._encoded if question.shape == shape][:rows]
-        self._encoded = [question for question in self._encoded if question not in questions]
+        tokens, patches = shape = self._encoded[0][1].shape
+        # Prompts of the first one's shape; the others wait for their turn.
+        chosen = [(group, question) for group, question in self._encoded if question.shape == shape]
+        self._encoded = [(group, question) for group, question in self._encoded if question.shape != shape]
         token_ids = np.zeros((rows, tokens), np.int32)
         positions = np.zeros((rows, tokens, 3), np.int32)
-        for row, question in enumerate(questions):
+        for row, (_, question) in enumerate(chosen):
             held = len(question.token_ids) - 1
             token_ids[row, :held] = question.token_ids[:-1]
             positions[row, :held] = question.positions[:-1]
-        images = _packed(self._processor, [question.images for question in questions], token_ids, patches)
+        images = _packed(self._processor, [question.images for _, question in chosen], token_ids, patches)
         self._prefilled = self._programs.prefill(self._params, token_ids, positions, images)
-        for row, question in enumerate(questions):
-            self._to_fork.extend((row, question, sample) for sample in range(self._samples))
+        for row, (group, question) in enumerate(chosen):
+            self._to_fork.extend((row, group, question, sample) for sample in range(self._samples))
         self.stats.prefill_seconds += time.perf_counter() - started
 
-    def _encode(self, index: int) -> _Question:
-        prompt = self._prompts[index]
-        images = [load_image(image) for image in prompt.images]
-        encoded = self._processor.encode_messages(prompt.messages, images)
-        positions, _ = mrope_positions(
-            encoded.token_ids, [image.grid for image in encoded.images], self._processor.config
-        )
-        tokens, patches = len(encoded.token_ids), _patches(encoded.images)
-        shapes = self._config.prompt_shapes
-        shape = _shape_for(shapes, tokens - 1, patches)
-        if tokens >= self._config.capacity or shape is None:
-            raise PromptTooLong(
-                f"prompt {prompt.id} has {tokens} tokens and {patches} image patches; expected at most one of "
-                f"rollout.prompt_shapes {list(shapes)} and fewer than rollout.capacity {self._config.capacity} tokens"
-            )
-        return _Question(
-            prompt=prompt,
-            group=index,
-            token_ids=encoded.token_ids,
-            positions=positions,
-            images=encoded.images,
-            shape=shape,
-        )
+    def _encode(self, group: int) -> tuple[int, Question]:
+        return group, self._sampler._encode(self._prompts[group])
 
     def _fork(self) -> None:
         admission = _admission(np.full(self._config.slots, -1, np.int32))
         for _ in range(min(len(self._free), len(self._to_fork))):
             slot = self._free.pop()
-            row, question, sample = self._to_fork.popleft()
+            row, group, question, sample = self._to_fork.popleft()
             length = len(question.token_ids)
             limit = min(self._config.capacity, length + self._agent.max_response_tokens)
             offset = int(question.positions[-1, 0]) - (length - 1)
@@ -299,9 +263,10 @@ class _Run:
             admission.length[slot] = length
             admission.limit[slot] = limit
             admission.offset[slot] = offset
-            admission.identity[slot] = (self._step, self._first_prompt + question.group, sample)
+            admission.identity[slot] = (self._step, self._first_prompt + group, sample)
             self._live[slot] = _Live(
                 question=question,
+                group=group,
                 sample=sample,
                 slot=slot,
                 limit=limit,
@@ -377,6 +342,21 @@ class _Run:
             observation = replace(observation, text=text, images=tuple(images))
         return _Answer(observation=observation, images=encoded)
 
+    def _gather_answers(self) -> None:
+        """Waits for tools: until one answers where nothing else can go on, or else a moment while few slots can.
+
+        A decode step takes as long for a few slots as for all, so a handful of early answers is worth a pause.
+        """
+        started = time.perf_counter()
+        while self._calls:
+            ready = len(self._decoding) + sum(map(len, self._to_append.values()))
+            left = started + self._config.gather_seconds - time.perf_counter()
+            if ready and (2 * ready >= len(self._live) or left <= 0):
+                break
+            wait(self._calls, timeout=max(left, 0) if ready else None, return_when=FIRST_COMPLETED)
+            self._collect_answers()
+        self.stats.wait_seconds += time.perf_counter() - started
+
     def _collect_answers(self) -> None:
         for future in [future for future in self._calls if future.done()]:
             live = self._calls.pop(future)
@@ -393,7 +373,7 @@ class _Run:
         ids = np.concatenate([self._processor.close_turn, turn])
         images = answer.images[:kept]
         shown = tuple(answer.observation.images)[:kept]
-        shape = _shape_for(self._config.observation_shapes, len(ids), _patches(images))
+        shape = shape_for(self._config.observation_shapes, len(ids), count_patches(images))
         if shape and live.length + len(ids) < live.limit:
             live.turns.append(Turn(role="tool", text=answer.observation.text, images=shown))
             self._to_append[shape].append((live, ids, images))
@@ -440,7 +420,7 @@ class _Run:
         self._free.append(live.slot)
         trajectory = Trajectory(
             prompt=live.question.prompt,
-            group=live.question.group,
+            group=live.group,
             sample=live.sample,
             token_ids=np.asarray(live.token_ids, np.int32),
             sampled=np.asarray(live.sampled, bool),
@@ -455,15 +435,6 @@ class _Run:
         self._finished.append(trajectory)
         if self._on_finished:
             self._on_finished(trajectory)
-
-
-def _patches(images: Sequence[EncodedImage]) -> int:
-    return sum(len(image.patches) for image in images)
-
-
-def _shape_for(shapes: Sequence[tuple[int, int]], tokens: int, patches: int) -> tuple[int, int] | None:
-    """The first static shape that holds so many tokens and patches."""
-    return next((shape for shape in shapes if tokens <= shape[0] and patches <= shape[1]), None)
 
 
 def _packed(

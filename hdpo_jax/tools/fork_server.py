@@ -132,7 +132,8 @@ class ForkServer:
         isolated = self._config.sandbox == "bubblewrap"
         with contextlib.ExitStack() as stack:
             log = stack.enter_context(tempfile.TemporaryFile())
-            report, reporter = (stack.enter_context(open(end, mode)) for end, mode in zip(os.pipe(), ("rb", "wb")))
+            source, sink = os.pipe()
+            report, reporter = stack.enter_context(open(source, "rb")), stack.enter_context(open(sink, "wb"))
             host = stack.enter_context(open(os.pidfd_open(os.getpid()), "rb", buffering=0)).fileno()
             self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             stack.enter_context(theirs)
@@ -142,7 +143,7 @@ class ForkServer:
             self._process = subprocess.Popen(
                 command,
                 env=variables,
-                cwd="/",
+                cwd=self._folder.name,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -161,10 +162,8 @@ class ForkServer:
                 self._kill()
                 log.seek(0)
                 said = log.read().decode(errors="replace").strip().splitlines() or ["no answer"]
-                advice = f"; {bubblewrap.INSTALL}" if isolated else ""
-                raise ConfigError(
-                    f"the python tool's {self._config.sandbox} sandbox does not start: {said[-1]}{advice}"
-                )
+                reason = f"{said[-1]}; {bubblewrap.INSTALL}" if isolated else said[-1]
+                raise ConfigError(f"the python tool's sandbox ({self._config.sandbox}) does not start: {reason}")
 
     def _command(self, isolated: bool, control: int, host: int, reporter: int) -> tuple[list[str], dict[str, str]]:
         """The server's command line and its environment."""

@@ -17,8 +17,10 @@ from rich.console import Console
 
 from hdpo_jax.config import ConfigError, ToolsConfig
 from hdpo_jax.tools.bubblewrap import INSTALL
+from hdpo_jax.tools.crops import cropped
 from hdpo_jax.tools.fork_server import ForkServer, Kernel, ServerLost
 from hdpo_jax.tools.kernel import frames
+from hdpo_jax.tools.kernel.pictures import MAX_PIXELS
 from hdpo_jax.tools.protocol import PYTHON_SCHEMA
 from hdpo_jax.types import Observation
 
@@ -26,8 +28,6 @@ INTERRUPT_SECONDS = 1.0
 """How long interrupted code may take to give up before its session is killed."""
 TRANSFER_SECONDS = 10.0
 """How long an answer may take from its first byte to its last."""
-MAX_PIXELS = 1 << 24
-"""Of one image; the session reduces larger ones."""
 NO_OUTPUT = "(no output)"
 
 logger = logging.getLogger(__name__)
@@ -93,6 +93,10 @@ class PythonSession:
         with self._lock, self._running:
             if self._closed:
                 return Observation(text="The session is closed.", ok=False, lost=True)
+            if self._config.crop_in_process and self._kernel is None:
+                picture = cropped(code, self._images)
+                if picture is not None:
+                    return Observation(text="", images=[picture])
             try:
                 return self._run(code)
             except ServerLost as error:
@@ -194,11 +198,12 @@ class PythonSession:
         return f"All variables are lost; the next call starts afresh{names}."
 
 
-def _image(size: object, pixels: bytearray) -> Image.Image:
-    sound = isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)
-    if not sound or size[0] * size[1] > MAX_PIXELS or 3 * size[0] * size[1] != len(pixels):
-        raise frames.FrameError("an answer with an image that does not add up")
-    return Image.frombytes("RGB", (size[0], size[1]), pixels)
+def _image(size: Any, pixels: bytearray) -> Image.Image:
+    match size:
+        case [int(width), int(height)] if width > 0 and height > 0 and width * height <= MAX_PIXELS:
+            if 3 * width * height == len(pixels):
+                return Image.frombytes("RGB", (width, height), pixels)
+    raise frames.FrameError("an answer with an image that does not add up")
 
 
 def _cause(status: int) -> str:
@@ -206,7 +211,8 @@ def _cause(status: int) -> str:
     if not os.WIFSIGNALED(status):
         return f"exit code {os.waitstatus_to_exitcode(status)}"
     number = os.WTERMSIG(status)
-    hint = {signal.SIGKILL: ", perhaps out of memory", signal.SIGXCPU: ", too much CPU time"}.get(number, "")
+    hints = {int(signal.SIGKILL): ", perhaps out of memory", int(signal.SIGXCPU): ", too much CPU time"}
+    hint = hints.get(number, "")
     return f"signal {number} ({signal.strsignal(number)}{hint})"
 
 

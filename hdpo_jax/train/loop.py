@@ -3,37 +3,31 @@
 import contextlib
 import dataclasses
 import json
+import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import optax
 
 from hdpo_jax.algorithm.state import TrainState, abstract_state, init_state
 from hdpo_jax.config import RLConfig, SFTConfig
+from hdpo_jax.data.dataset import Dataset, Example
+from hdpo_jax.data.pipeline import Batches, batches
 from hdpo_jax.files import write_text_atomically
 from hdpo_jax.train.checkpoint import Checkpointer, StopSignal
 from hdpo_jax.train.compilations import CompilationCounter
 from hdpo_jax.train.metrics import MetricsLog
 from hdpo_jax.train.policy import Policy
 
-Batch_co = TypeVar("Batch_co", covariant=True)
-Batch = TypeVar("Batch")
+log = logging.getLogger(__name__)
 
+ExampleT = TypeVar("ExampleT", bound=Example)
 
-class Data(Protocol[Batch_co]):
-    """An endless iterator over batches that can say, and be told, where it is."""
-
-    def __iter__(self) -> Iterator[Batch_co]: ...
-    def __next__(self) -> Batch_co: ...
-    def get_state(self) -> dict[str, Any]: ...
-    def set_state(self, state: dict[str, Any]) -> None: ...
-
-
-Step = Callable[[TrainState, Batch, int], tuple[TrainState, Mapping[str, Any]]]
+Step = Callable[[TrainState, Sequence[ExampleT], int], tuple[TrainState, Mapping[str, Any]]]
 """(state, batch, number of the step from 1 on) -> (new state, metrics of the step)."""
 
 
@@ -49,12 +43,24 @@ class RunResult:
     compilations_after_warmup: int
 
 
+def host_batches(dataset: Dataset[ExampleT], size: int, config: SFTConfig | RLConfig) -> Batches[ExampleT]:
+    """This host's share of every global batch of `size` examples, endless, in the order of the run's seed."""
+    return batches(
+        dataset,
+        batch_size=size,
+        seed=config.train.seed,
+        shard_index=jax.process_index(),
+        shard_count=jax.process_count(),
+        workers=config.data.workers,
+    )
+
+
 def train(
     config: SFTConfig | RLConfig,
     policy: Policy,
     optimizer: optax.GradientTransformation,
-    data: Data[Batch],
-    step: Step[Batch],
+    data: Batches[ExampleT],
+    step: Step[ExampleT],
     *,
     title: str,
     figures: Mapping[str, str],
@@ -87,14 +93,16 @@ def train(
             done, state = 0, init_state(policy.params, optimizer)
 
         with MetricsLog(run_dir, steps=settings.steps, restored_step=done, title=title, figures=figures) as log:
-            first = done + 1
+            first, listed = done + 1, 0
             while done < settings.steps and not stop.requested:
                 batch_started = time.perf_counter()
                 batch = next(data)
                 waited = time.perf_counter() - batch_started
                 done += 1
                 state, metrics = step(state, batch, done)
+                listed = _list_bad_rows(run_dir, data, listed)
                 metrics = dict(metrics) | {
+                    "data/bad_rows": listed,
                     "time/data": waited,
                     "time/step": time.perf_counter() - batch_started,
                 }
@@ -110,6 +118,16 @@ def train(
         seconds=time.perf_counter() - started,
         compilations_after_warmup=compilations.count - compiled if done >= first else 0,
     )
+
+
+def _list_bad_rows(run_dir: Path, data: Batches[Any], listed: int) -> int:
+    """How many rows are known to be bad; `bad_rows.txt` names each with the reason, and news are logged."""
+    bad = data.report.bad
+    if len(bad) > listed:
+        for row in bad[listed:]:
+            log.warning("skipped %s", row)
+        write_text_atomically(run_dir / "bad_rows.txt", "".join(f"{row}\n" for row in bad))
+    return len(bad)
 
 
 def _remember_config(run_dir: Path, config: SFTConfig | RLConfig) -> None:

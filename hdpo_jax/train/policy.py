@@ -40,4 +40,3 @@ def load_policy(config: ModelConfig, axes: MeshAxes, devices: Sequence[jax.Devic
     )
     graphdef, params = nnx.split(model)
     return Policy(model=model, graphdef=graphdef, params=params, processor=processor, mesh=mesh)
-

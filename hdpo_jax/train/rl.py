@@ -10,16 +10,16 @@ import numpy as np
 from hdpo_jax.algorithm.state import TrainState, abstract_state, state_shardings
 from hdpo_jax.algorithm.update import UpdateBatch, make_update
 from hdpo_jax.config import RLConfig
-from hdpo_jax.data.pipeline import batches
 from hdpo_jax.data.prompts import PromptDataset
 from hdpo_jax.evaluate.summary import summarise
 from hdpo_jax.rewards import Verdict, score_trajectory
 from hdpo_jax.rollout.agent import RolloutStats, Sampler
 from hdpo_jax.rollout.packing import group_family, padding_share
+from hdpo_jax.rollout.prompts import PromptEncoder
 from hdpo_jax.tools.toolbox import ToolBox
 from hdpo_jax.train.batching import RowBatcher
 from hdpo_jax.train.dumps import rollouts_path, trajectory_record, write_records
-from hdpo_jax.train.loop import RunResult, train
+from hdpo_jax.train.loop import RunResult, host_batches, train
 from hdpo_jax.train.optimizer import make_optimizer
 from hdpo_jax.train.policy import load_policy
 from hdpo_jax.types import Prompt, StopReason, Trajectory
@@ -33,6 +33,7 @@ def train_rl(config: RLConfig, *, title: str = "hdpo") -> RunResult:
     # First what can refuse at once: a missing sandbox should not be found after the model is loaded.
     with ToolBox(config.tools) as toolbox:
         policy = load_policy(config.model, config.mesh)
+        encode = PromptEncoder(policy.processor, config.rollout, cache_mb=config.data.cache_mb)
         sampler = Sampler(
             policy.model,
             policy.processor,
@@ -40,6 +41,7 @@ def train_rl(config: RLConfig, *, title: str = "hdpo") -> RunResult:
             agent=config.agent,
             rollout=config.rollout,
             seed=config.train.seed,
+            encode=encode,
         )
         pack = RowBatcher(config.train, policy.model.config)
         optimizer = make_optimizer(config.optimizer, config.train.steps * config.train.mini_batches, policy.params)
@@ -51,10 +53,8 @@ def train_rl(config: RLConfig, *, title: str = "hdpo") -> RunResult:
             forbidden=policy.processor.forbidden,
             shardings=state_shardings(abstract_state(policy.params, optimizer)),
         )
-        dataset = PromptDataset(config.data.path, max_bad_rows=config.data.max_bad_rows)
-        data = batches(
-            dataset, batch_size=config.train.prompts_per_step, seed=config.train.seed, workers=config.data.workers
-        )
+        dataset = PromptDataset(config.data.path, max_bad_rows=config.data.max_bad_rows, problem=encode.problem)
+        data = host_batches(dataset, config.train.prompts_per_step, config)
         warm = False
 
         def step(state: TrainState, prompts: Sequence[Prompt], number: int) -> tuple[TrainState, Mapping[str, Any]]:

@@ -1,7 +1,6 @@
 """The cold start: supervised learning of conversations, packed, resumable at any step."""
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -12,10 +11,9 @@ from hdpo_jax.algorithm.supervised import SupervisedBatch, make_sft_step
 from hdpo_jax.config import SFTConfig
 from hdpo_jax.data.conversations import Conversation, ConversationDataset
 from hdpo_jax.data.encoding import EncodedConversation, encode_conversation
-from hdpo_jax.data.pipeline import batches
-from hdpo_jax.rollout.packing import Family, conversation_family, padding_share
+from hdpo_jax.rollout.packing import Family, RowShape, conversation_family, padding_share
 from hdpo_jax.train.batching import RowBatcher
-from hdpo_jax.train.loop import RunResult, train
+from hdpo_jax.train.loop import RunResult, host_batches, train
 from hdpo_jax.train.optimizer import make_optimizer
 from hdpo_jax.train.policy import load_policy
 from models.qwen3_vl.processing import Processor, load_image
@@ -25,46 +23,57 @@ FIGURES = {"loss/total": "loss", "optimizer/grad_norm": "grad norm"}
 
 
 class ConversationEncoder:
-    """Conversations -> segments to pack; encoded ones are kept while they fit `cache_mb` of host memory."""
+    """Conversations -> segments to pack. Those already encoded are kept while they fit `cache_mb` of host memory."""
 
-    def __init__(self, processor: Processor, cache_mb: int):
+    def __init__(self, processor: Processor, row: RowShape, cache_mb: int):
         self._processor = processor
+        self._row = row
         self._room = cache_mb * 2**20
         self._kept: dict[str, EncodedConversation] = {}
-        self._pool = ThreadPoolExecutor(2, thread_name_prefix="encode")
 
-    def __call__(self, conversations: Sequence[Conversation]) -> list[Family]:
-        encoded = list(self._pool.map(self._encode, conversations))
-        config = self._processor.config
-        return [conversation_family(one.token_ids, one.learned, one.images, config) for one in encoded]
+    def __call__(self, conversation: Conversation) -> Family:
+        """Raises ValueError, one line, where the conversation does not fit a row."""
+        one = self._kept.get(conversation.id)
+        if one is None:
+            images = [load_image(image) for image in conversation.images]
+            one = encode_conversation(conversation.messages, images, self._processor)
+            if one.nbytes <= self._room:
+                self._room -= one.nbytes
+                self._kept[conversation.id] = one
+        family = conversation_family(one.token_ids, one.learned, one.images, self._processor.config)
+        (segment,) = family.segments
+        if segment.tokens > self._row.tokens or segment.patches > self._row.patches:
+            raise ValueError(
+                f"the conversation has {segment.tokens} tokens and {segment.patches} image patches; expected at most "
+                f"train.row_tokens {self._row.tokens} and train.row_patches {self._row.patches}"
+            )
+        return family
 
-    def _encode(self, conversation: Conversation) -> EncodedConversation:
-        kept = self._kept.get(conversation.id)
-        if kept is not None:
-            return kept
-        images = [load_image(image) for image in conversation.images]
-        encoded = encode_conversation(conversation.messages, images, self._processor)
-        if encoded.nbytes <= self._room:
-            self._room -= encoded.nbytes
-            self._kept[conversation.id] = encoded
-        return encoded
+    def problem(self, conversation: Conversation) -> str | None:
+        """Why the conversation can not be learned, in words; None where it can."""
+        try:
+            self(conversation)
+        except ValueError as error:
+            return str(error)
+        return None
 
 
 def train_sft(config: SFTConfig, *, title: str = "sft") -> RunResult:
     """Runs, or goes on with, the supervised run that `config` describes."""
     policy = load_policy(config.model, config.mesh)
-    encode = ConversationEncoder(policy.processor, config.data.cache_mb)
+    row = RowShape(config.train.row_tokens, config.train.row_patches)
+    encode = ConversationEncoder(policy.processor, row, config.data.cache_mb)
     pack = RowBatcher(config.train, policy.model.config)
     optimizer = make_optimizer(config.optimizer, config.train.steps, policy.params)
     shardings = state_shardings(abstract_state(policy.params, optimizer))
     learn = make_sft_step(policy.graphdef, optimizer, shardings=shardings)
-    dataset = ConversationDataset(config.data.path, max_bad_rows=config.data.max_bad_rows)
-    data = batches(dataset, batch_size=config.train.batch_size, seed=config.train.seed, workers=config.data.workers)
+    dataset = ConversationDataset(config.data.path, max_bad_rows=config.data.max_bad_rows, problem=encode.problem)
+    data = host_batches(dataset, config.train.batch_size, config)
 
     def step(
         state: TrainState, conversations: Sequence[Conversation], number: int
     ) -> tuple[TrainState, Mapping[str, Any]]:
-        rows, micro_batches = pack([encode(conversations)])
+        rows, micro_batches = pack([[encode(conversation) for conversation in conversations]])
         padding = padding_share(rows)
         batch = SupervisedBatch(jax.tree.map(lambda leaf: leaf[0], rows), np.int32(micro_batches[0]))
         batch = batch._replace(rows=shard_batch(batch.rows, policy.mesh, axis=1))

@@ -1,5 +1,6 @@
 """Attention: one function; who sees whom is told by ids and indices, not by a mask in memory."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -8,6 +9,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 # Finite, so that a query that sees nothing (padding) gives an average and not NaN, forward and backward.
 HIDDEN = -1e30
+# Of a decode step's keys and values, how much is in hand at a time on a CPU: about what its second-level cache holds.
+CPU_BLOCK_BYTES = 2 << 20
 
 
 class Visibility(NamedTuple):
@@ -61,6 +64,40 @@ def attention(
     shares = jax.nn.softmax(scores, axis=-1).astype(rows.dtype).reshape(batch, kv_heads, -1, tokens)
     attended = jnp.einsum("bkqs,bksd->bkqd", shares, values.astype(rows.dtype))
     return attended.reshape(batch, heads, length, size).swapaxes(1, 2)
+
+
+def cached_attention(
+    queries: Float[Array, "batch queries heads size"],
+    keys: Float[Array, "layers batch kv_heads tokens size"],
+    values: Float[Array, "layers batch kv_heads tokens size"],
+    layer: Int[Array, ""],
+    index: Int[Array, "batch queries"],
+) -> Float[Array, "batch queries heads size"]:
+    """Attention of tokens at cache position `index` to what the cache of a layer holds up to there."""
+
+    def whole(queries: Array, keys: Array, values: Array, layer: Array, index: Array) -> Array:
+        return attention(queries, keys[layer], values[layer], Visibility(query_index=index))
+
+    def by_blocks(queries: Array, keys: Array, values: Array, layer: Array, index: Array) -> Array:
+        room = max(1, CPU_BLOCK_BYTES // (2 * math.prod(keys.shape[2:]) * keys.dtype.itemsize))
+        rows = max(rows for rows in range(1, room + 1) if len(queries) % rows == 0)
+
+        def block(first: Array) -> Array:
+            at = (layer, first, 0, 0, 0)
+            sizes = (1, rows, *keys.shape[2:])
+            return attention(
+                jax.lax.dynamic_slice_in_dim(queries, first, rows),
+                jax.lax.dynamic_slice(keys, at, sizes)[0],
+                jax.lax.dynamic_slice(values, at, sizes)[0],
+                Visibility(query_index=jax.lax.dynamic_slice_in_dim(index, first, rows)),
+            )
+
+        return jax.lax.map(block, jnp.arange(0, len(queries), rows)).reshape(queries.shape)
+
+    if queries.shape[1] > 1 or not jax.sharding.get_abstract_mesh().empty:
+        return whole(queries, keys, values, layer, index)
+    # XLA:CPU copies the layer's slice of the cache. A few rows at a time, the copy stays in the processor's cache.
+    return jax.lax.platform_dependent(queries, keys, values, layer, index, cpu=by_blocks, default=whole)
 
 
 def _one_query(

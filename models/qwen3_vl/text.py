@@ -8,7 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from models.qwen3_vl.attention import Visibility, attention
+from models.qwen3_vl.attention import Visibility, attention, cached_attention
 from models.qwen3_vl.config import Qwen3VLConfig, TextConfig
 from models.qwen3_vl.layers import ACTIVATION_FUNCTIONS, Linear, Precision, Remat, RMSNorm, scan, stack
 from models.qwen3_vl.rope import Rotation, rotate
@@ -131,13 +131,12 @@ class Decoder(nnx.Module):
         The whole cache is carried through the scan and written in place; scanned over layer by layer, it would be
         copied once a token.
         """
-        visibility = Visibility(query_index=index)
 
         def body(layer: TextLayer, carry: tuple[Array, KVCache], number: Array) -> tuple[Array, KVCache]:
             x, cache = carry
             queries, keys, values = layer.queries_keys_values(x, rotation)
             cache = cache.write(number, index, keys, values)
-            attended = attention(queries, cache.keys[number], cache.values[number], visibility)
+            attended = cached_attention(queries, cache.keys, cache.values, number, index)
             return _add_features(layer.finish(x, attended), deepstack, number), cache
 
         x, cache = scan(self.layers, body, (x, cache), self._layer_indices())

@@ -54,6 +54,7 @@ def write_quickstart_run(run_dir: Path) -> None:
     sft = [{"step": s, "loss/total": 3.2 * math.exp(-s / 40) + 0.05 + 0.02 * rng.random()} for s in range(1, 271)]
     _write_lines(run_dir / "hdpo" / "metrics.jsonl", hdpo)
     _write_lines(run_dir / "sft" / "metrics.jsonl", sft)
+    _write_lines(run_dir / "read" / "metrics.jsonl", sft)
     before = [_evaluated(i, rng, calls=rng.random() < 0.97, right=rng.random() < 0.8) for i in range(PROMPTS)]
     after = [_evaluated(i, rng, calls=i % 2 == 1, right=rng.random() < 0.97) for i in range(PROMPTS)]
     _write_lines(run_dir / "evaluation" / "cold_start.jsonl", before)
@@ -62,7 +63,7 @@ def write_quickstart_run(run_dir: Path) -> None:
         "cold_start": _summary(before),
         "hdpo": _summary(after),
         "hf_export": "runs/quickstart/hf",
-        "seconds": {"sft": 199.0, "rl": 190.4, "eval": 31.7, "total": 421.1},
+        "seconds": {"data": 9.1, "read": 170.2, "sft": 199.0, "rl": 190.4, "eval": 31.7, "total": 600.3},
         "compilations_after_warmup": 0,
     }
     (run_dir / "summary.json").write_text(json.dumps(summary))
@@ -168,7 +169,11 @@ def _hdpo_metrics(step: int, steps: int, rng: np.random.Generator) -> dict[str, 
         "optimizer/grad_norm": float(abs(rng.normal(0.8, 0.2))),
         "time/rollout": float(0.28 + 0.03 * rng.random()),
         "time/update": float(0.17 + 0.02 * rng.random()),
-        "time/step": 0.47,
+        "time/step": 12.5 if step == 1 else 0.47,
+        "advantage/acc_strength": 0.6 * (1 - right) + 0.05,
+        "advantage/tool_strength": 0.3 * (1 - t),
+        "policy/logprob_gap_max": float(2e-5 * (1 + rng.random())),
+        "policy/logprob_gap_mean": float(4e-7 * (1 + rng.random())),
     }
 
 

@@ -9,13 +9,14 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
 
 from hdpo_jax.evaluate import report_trajectories
 from hdpo_jax.evaluate.report import render, script_safe_json, write_report
-from hdpo_jax.evaluate.report_curves import charts_of, moving_mean
+from hdpo_jax.evaluate.report_curves import charts_of, moving
 from hdpo_jax.evaluate.report_data import collect, wilson_interval
 from hdpo_jax.evaluate.report_trajectories import ImageTable, choose_pairs, outcomes
 
@@ -124,10 +125,38 @@ def test_browser_shows_hostile_text_and_runs_none_of_it(tmp_path: Path, make_rec
 def test_browser_draws_the_page(quickstart_run: Path, tmp_path: Path):
     dom, console = rendered_by_chromium(write_report(quickstart_run), tmp_path / "profile")
     assert console == ""
-    assert dom.count('class="plot"') >= 9
+    assert dom.count('class="plot"') >= 12
     assert re.search(r'<text[^>]*class="label filled tone-tool"[^>]*>redundant 0', dom)
     assert dom.count('role="option"') == len(collect(quickstart_run)["browser"]["items"])
     assert 'aria-selected="true"' in dom
+
+
+@pytest.mark.requires_chromium
+def test_browser_filters_and_follows_keys(quickstart_run: Path, tmp_path: Path):
+    page = write_report(quickstart_run).read_text()
+    act = """
+      const press = (key) => document.dispatchEvent(new KeyboardEvent("keydown", { key }));
+      const buttons = [...document.querySelectorAll(".facet button")];
+      const chosen = () => document.querySelector('[aria-selected="true"] .name').firstChild.textContent;
+      const seen = [document.querySelectorAll(".row").length, chosen()];
+      press("j"); press("j"); seen.push(chosen());
+      press("k"); seen.push(chosen());
+      buttons.find((each) => each.textContent === "illegible").click();
+      seen.push(document.querySelectorAll(".row").length, chosen());
+      press("r"); seen.push(document.querySelector(".column pre").textContent.slice(0, 8));
+      document.title = JSON.stringify(seen);
+    """
+    # Only this copy may run a script of ours: without its policy.
+    page = re.sub(r"<meta http-equiv[^>]*>", "", page).replace("</body>", f"<script>{act}</script></body>")
+    path = tmp_path / "page.html"
+    path.write_text(page)
+    dom, console = rendered_by_chromium(path, tmp_path / "profile")
+    title = re.search(r"<title>(.*?)</title>", dom)
+    assert title is not None and console == ""
+    truths = [item["truth"] for item in collect(quickstart_run)["browser"]["items"]]
+    # Every other sign is illegible; the one chosen by then, the second, is among them and stays.
+    expected = [24, truths[0], truths[2], truths[1], 12, truths[1], "<reason>"]
+    assert json.loads(html.unescape(title[1])) == expected
 
 
 def test_training_run_page_compares_first_and_last_steps(training_run: Path):
@@ -178,9 +207,15 @@ def test_long_curves_keep_their_ends():
 
 
 def test_moving_mean_is_centred():
-    # A trailing mean would instead give [1, 1.5, 3, 6].
-    assert moving_mean([1.0, 2.0, 6.0, 10.0], 1) == [1.5, 3.0, 6.0, 8.0]
-    assert moving_mean([3.0, 5.0], 0) == [3.0, 5.0]
+    # A trailing mean would instead give [1, 1.5, 4, 8].
+    assert moving(fmean, [1.0, 2.0, 6.0, 10.0], 1) == [1.5, 3.0, 6.0, 8.0]
+    assert moving(fmean, [3.0, 5.0], 0) == [3.0, 5.0]
+
+
+def test_the_step_that_compiles_does_not_bend_the_time_curve():
+    charts, _ = charts_of([{"step": step, "time/step": 12.5 if step == 1 else 0.5} for step in range(1, 101)])
+    # A moving mean would instead start at 2.5.
+    assert charts[0]["lines"][0]["smooth"][0] == 0.5
 
 
 def test_wilson_interval_of_none_in_thirty():

@@ -3,6 +3,8 @@
 import base64
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +118,27 @@ def test_conversations_of_many_lengths_compile_few_programs(
     score_file(tiny_model, path, tmp_path / "out.npz", dtype="float32")
     # Twenty lengths, from under 20 to under 200 tokens: at most rows of 64, 128 and 256.
     assert len(shapes) <= 3
+
+
+def test_command_scores_without_torch(tiny_model: Path, messages: Path, tmp_path: Path, without_torch: str):
+    arguments = [
+        "score",
+        "--model",
+        tiny_model,
+        "--messages",
+        messages,
+        "--output",
+        tmp_path / "out.npz",
+        "--dtype",
+        "float32",
+    ]
+    code = f"{without_torch}\nfrom hdpo_jax.cli import main\nsys.exit(main(sys.argv[1:]))"
+    outcome = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert outcome.returncode == 0, outcome.stderr[-2000:]
+    with np.load(tmp_path / "out.npz") as scores:
+        assert scores["logprobs_3"].shape == scores["token_ids_3"].shape
 
 
 @pytest.mark.parametrize(

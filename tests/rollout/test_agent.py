@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 
 from hdpo_jax.config import ToolsConfig
-from hdpo_jax.rollout.agent import PromptTooLong, Sampler
+from hdpo_jax.rollout.agent import Sampler
 from hdpo_jax.rollout.packing import RowShape, assign_rows, fill_rows, group_family
+from hdpo_jax.rollout.prompts import PromptTooLong
 from hdpo_jax.tools.toolbox import ToolBox
 from hdpo_jax.train.compilations import CompilationCounter
 from hdpo_jax.types import Observation, Prompt, StopReason, ToolCall

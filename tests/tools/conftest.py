@@ -13,7 +13,14 @@ from hdpo_jax.types import Observation, ToolCall
 
 SECRET = "correct-horse-battery-staple"
 CONFIG = ToolsConfig(
-    timeout_seconds=10, memory_mb=256, processes=12, disk_mb=8, output_chars=2_000, max_images=3, workers=8
+    timeout_seconds=10,
+    memory_mb=256,
+    processes=12,
+    disk_mb=8,
+    output_chars=2_000,
+    max_images=3,
+    workers=8,
+    crop_in_process=False,
 )
 
 Run = Callable[[Session, str], Observation]

@@ -176,7 +176,8 @@ import shutil; print(shutil.disk_usage('/tmp').total >> 20)
     @pytest.mark.slow
     def test_the_sandbox_ends_with_the_trainer_however_it_dies(self):
         code = (
-            "import time; from hdpo_jax.config import ToolsConfig; from hdpo_jax.tools.python_sandbox import PythonTool\n"
+            "import time\nfrom hdpo_jax.config import ToolsConfig\n"
+            "from hdpo_jax.tools.python_sandbox import PythonTool\n"
             "tool = PythonTool(ToolsConfig()); session = tool.open([])\n"
             "session.call({'code': 'import subprocess; subprocess.Popen([\"sleep\", \"300\"])'})\n"
             "print(tool.server.process_id, flush=True); time.sleep(300)"
@@ -194,7 +195,7 @@ import shutil; print(shutil.disk_usage('/tmp').total >> 20)
 
 class TestWithoutSandbox:
     def test_it_works_and_warns(self, run, picture, capfd):
-        with ToolBox(ToolsConfig(sandbox="none")) as box:
+        with ToolBox(ToolsConfig(sandbox="none", crop_in_process=False)) as box:
             assert "WITHOUT a sandbox" in " ".join(capfd.readouterr().err.split())
             with box.session([picture]) as session:
                 assert run(session, "x = 1\nimage_1.crop((0, 0, 9, 9))").images[0].size == (9, 9)

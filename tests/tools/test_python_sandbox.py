@@ -1,5 +1,6 @@
 """What the python tool does: state, images, output, timeouts, crashes."""
 
+import contextlib
 import dataclasses
 import io
 import os
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 
 from hdpo_jax.config import ToolsConfig
-from hdpo_jax.tools import ToolBox
+from hdpo_jax.tools import ToolBox, python_sandbox
 from hdpo_jax.tools.python_sandbox import PythonSession, PythonTool
 from hdpo_jax.types import ToolCall
 
@@ -207,7 +208,8 @@ for descriptor in range(1, 64):
 
 
 @pytest.mark.parametrize("junk", ["os.urandom(4096)", "struct.pack('>16sI', bytes(16), 2**32 - 1)", "b'x' * 5"])
-def test_junk_on_the_socket_never_hangs(box, config, junk: str):
+def test_junk_on_the_socket_never_hangs(box, config, junk: str, monkeypatch):
+    monkeypatch.setattr(python_sandbox, "TRANSFER_SECONDS", 0.5)
     session = hasty(box, config, [])
     code = f"""
 import os, socket, struct, time
@@ -274,7 +276,12 @@ def test_the_fork_server_is_replaced_when_it_dies(config):
     with ToolBox(config) as box:
         old, untouched = python_tool(box).open([]), python_tool(box).open([])
         old.call({"code": "x = 1"})
-        os.kill(python_tool(box).server.process_id, signal.SIGKILL)
+        server = python_tool(box).server.process_id
+        os.kill(server, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            while True:
+                os.kill(server, 0)
+                time.sleep(0.01)
         observation = old.call({"code": "x"})
         assert observation.lost and not observation.ok and "All variables are lost" in observation.text
         assert untouched.call({"code": "1 + 1"}).text == "2"

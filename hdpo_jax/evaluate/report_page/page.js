@@ -29,7 +29,7 @@
     if (value === 0) return "0";
     const size = Math.abs(value);
     if (size >= 1000) return value.toLocaleString("en", { maximumFractionDigits: 0 });
-    if (size < 0.001) return value.toExponential(1).replace("e", "\u2009e").replace("-", "\u2212");
+    if (size < 0.001) return value.toExponential(1).replace(".0e", "e").replace("e", "\u2009e").replace("-", "\u2212");
     return String(Number(value.toPrecision(3))).replace("-", "\u2212");
   }
   const figure = (value, share) => (value === null || value === undefined ? "\u2013" : share ? percent(value) : plain(value));
@@ -99,6 +99,8 @@
 
   // ---- Charts
 
+  let areas = 0;
+
   function niceTicks(low, high, count) {
     const rough = (high - low) / count || 1;
     const power = 10 ** Math.floor(Math.log10(rough));
@@ -136,6 +138,13 @@
     return result;
   }
 
+  // The values without the lowest and the highest share of them.
+  function within(values, share) {
+    const sorted = [...values].sort((a, b) => a - b);
+    const cut = Math.floor(share * sorted.length);
+    return sorted.slice(cut, sorted.length - cut);
+  }
+
   const words = (line, i, share) => `${line.label ? `${line.label} ` : ""}${figure(line.smooth[i], share)}`;
 
   // Charts of a section reserve the same room for the labels at their lines' ends, so that their axes align.
@@ -158,11 +167,13 @@
   }
 
   function drawing(spec, width, height, room, plot) {
-    const values = spec.lines.flatMap((line) => [...line.raw, ...line.smooth]);
+    // The axis fits the smooth lines and nearly all raw values: one odd step, such as the one that compiles, is cut off.
+    const middle = spec.lines.flatMap((line) => [...line.smooth, ...within(line.raw, 0.02)]);
     const steps = spec.lines.flatMap((line) => line.steps);
-    const logarithmic = !spec.share && Math.min(...values) > 0 && Math.max(...values) > 30 * Math.min(...values);
-    const scale = logarithmic ? Math.log10 : (value) => value;
-    let [low, high] = spec.share ? [0, 1] : [Math.min(...values.map(scale)), Math.max(...values.map(scale))];
+    const [least, most] = [Math.min(...middle), Math.max(...middle)];
+    const logarithmic = !spec.share && least > 0 && most > 30 * least;
+    const scale = logarithmic ? (value) => Math.log10(Math.max(value, least)) : (value) => value;
+    let [low, high] = spec.share ? [0, 1] : [scale(least), scale(most)];
     if (!spec.share && !logarithmic && low > 0 && low < 0.6 * high) low = 0;
     if (low === high) [low, high] = [low - (Math.abs(low) || 1) * 0.5, high + (Math.abs(high) || 1) * 0.5];
     const [first, last] = [Math.min(...steps), Math.max(...steps)];
@@ -189,9 +200,11 @@
     const stepLabel = s("text", { x: Math.max(right + 8, reach + 6), y: height - 6 }, "step");
     svg.append(stepLabel);
 
+    const area = `area-${areas++}`;
+    svg.append(s("clipPath", { id: area }, s("rect", { x: box.left, y: 0, width: right - box.left, height: height - box.bottom })));
     const path = (line, which) =>
       line.steps.map((step, i) => `${i ? "L" : "M"}${x(step).toFixed(1)} ${y(line[which][i]).toFixed(1)}`).join("");
-    for (const line of spec.lines) svg.append(s("path", { d: path(line, "raw"), class: `raw tone-${line.tone}` }));
+    for (const line of spec.lines) svg.append(s("path", { d: path(line, "raw"), class: `raw tone-${line.tone}`, "clip-path": `url(#${area})` }));
     for (const line of spec.lines) svg.append(s("path", { d: path(line, "smooth"), class: `smooth tone-${line.tone}` }));
 
     const rule = s("line", { y1: box.top, y2: height - box.bottom, class: "rule", visibility: "hidden" });

@@ -1,5 +1,6 @@
 """IPython's shell for one session: runs code, collects what it prints and every image that it shows."""
 
+import ast
 import base64
 import io
 import math
@@ -28,9 +29,8 @@ from traitlets import Type
 from traitlets.config import Config
 
 from .output import Output
+from .pictures import MAX_PIXELS, opened, rgb
 
-MAX_PIXELS = 1 << 24
-"""Of one image; a larger one is reduced."""
 CELL = "<cell "
 
 _system = os.system
@@ -77,22 +77,11 @@ class Gallery:
             image = image.resize((max(int(width * scale), 1), max(int(height * scale), 1)), reducing_gap=2.0)
         if image.width * image.height == 0:
             raise ValueError(f"the image to show is empty: {width}x{height} pixels")
-        image = _rgb(image)
+        image = rgb(image)
         self.sizes.append(image.size)
         self.pixels.append(image.tobytes())
         self._total += image.width * image.height
         return True
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    """Transparency becomes white, as on paper."""
-    if image.mode == "RGB":
-        return image
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        paper = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(paper, image).convert("RGB")
-    return image.convert("RGB")
 
 
 def _drawn(figure: matplotlib.figure.Figure) -> Image.Image:
@@ -210,6 +199,8 @@ class Session:
         settings.InteractiveShell.cache_size = 0
         settings.InteractiveShell.colors = "nocolor"
         self._shell = Shell.instance(config=settings)
+        # `display` and `get_ipython` are there for good.
+        self._shell.builtin_trap.activate()
         self._output_chars = output_chars
         self._gallery = self._shell.gallery = Gallery(max_images)
         self._output: Output | None = None
@@ -232,6 +223,7 @@ class Session:
             "figure, axes = plt.subplots(); axes.imshow(image_1); axes.set_title('$x$'); plt.show()",
             "import sys\nprint(np.asarray(image_1).mean(), [1], file=sys.stderr)\n{'a': 1.5}",
             "def f():\n    return undefined\nf()",
+            "%who",
             "x = = 1",
         ):
             self.run(code)
@@ -248,12 +240,12 @@ class Session:
         random.seed(0)
         np.random.seed(0)
         self._redirect()
-        names = {"np": np, "numpy": np, "PIL": PIL, "Image": Image, "math": math, "matplotlib": matplotlib, "plt": plt}
-        drawing = (ImageDraw, ImageEnhance, ImageFilter, ImageFont, ImageOps)
-        names |= {module.__name__.rpartition(".")[2]: module for module in drawing}
+        names: dict[str, Any] = {"np": np, "numpy": np, "math": math, "matplotlib": matplotlib, "plt": plt}
+        names |= {"PIL": PIL, "Image": Image, "ImageDraw": ImageDraw, "ImageEnhance": ImageEnhance}
+        names |= {"ImageFilter": ImageFilter, "ImageFont": ImageFont, "ImageOps": ImageOps}
         for number, data in enumerate(images, start=1):
             try:
-                names[f"image_{number}"] = _opened(data)
+                names[f"image_{number}"] = opened(data)
             except Exception as error:
                 print(f"image_{number} is missing: {error}")
         self._shell.user_ns.update(names)
@@ -267,7 +259,7 @@ class Session:
         ok = False
         try:
             self._running = True
-            ok = bool(self._shell.run_cell(code, store_history=False).success)
+            ok = self._execute(code)
             self._running = False
         except BaseException as error:
             self._running = False
@@ -275,6 +267,33 @@ class Session:
         text = self._output.take() if self._output else ""
         gallery = self._gallery
         return Reply(text, ok, gallery.sizes, gallery.pixels, gallery.dropped)
+
+    def _execute(self, code: str) -> bool:
+        """Runs plain Python directly, the rest (magics, `!`, top-level await, errors) the way of IPython.
+
+        The direct way takes half the time, and touches a third fewer of the pages that a fresh fork has to copy.
+        """
+        compiler: Any = self._shell.compile
+        name = f"{CELL}{compiler.cells + 1}>"
+        try:
+            body, last = ast.parse(code).body, None
+            if body and isinstance(body[-1], ast.Expr):
+                last = ast.Expression(body[-1].value)
+                del body[-1]
+            statements = compile(ast.Module(body, []), name, "exec", dont_inherit=True)
+            value = compile(last, name, "eval", dont_inherit=True) if last else None
+        except Exception:
+            return bool(self._shell.run_cell(code, store_history=False).success)
+        compiler.cache(code)
+        namespace = self._shell.user_ns
+        try:
+            exec(statements, namespace)
+            if value is not None:
+                self._shell.displayhook(eval(value, namespace))
+        except BaseException:
+            self._shell.showtraceback()
+            return False
+        return True
 
     def _interrupt(self, *_: Any) -> None:
         # Between two calls there is nothing to interrupt: the answer was on its way when the host gave up.
@@ -295,11 +314,3 @@ class Session:
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         sys.stdout = sys.stderr = self._output = Output(self._output_chars, descriptor)
-
-
-def _opened(data: bytes | bytearray) -> Image.Image:
-    """An image as the policy saw it: upright, RGB. Plain RGB files are decoded at first use."""
-    image = Image.open(io.BytesIO(data))
-    if "exif" in image.info:
-        image = ImageOps.exif_transpose(image)
-    return image if image.mode == "RGB" else _rgb(image)

@@ -198,7 +198,8 @@ class Zygote:
             for private in (self._control, *self._private):
                 private.close()
             os.close(self._settings.host)
-            os.setsid()
+            # Not setsid: a scheduler that groups by terminal session would give each a full share of the CPU.
+            os.setpgid(0, 0)
             if self._settings.isolated:
                 os.close(self._namespace)
                 isolation.set_limits(self._limits)

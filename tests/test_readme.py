@@ -1,0 +1,43 @@
+"""What README.md says can be done can be done."""
+
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from hdpo_jax.commands import COMMANDS, RUNS
+from hdpo_jax.config import RLConfig
+from hdpo_jax.data.prompts import PromptDataset
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_python_of_the_own_data_section_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (640, 960)).save("receipt.jpg")
+    write_prompts, config = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(write_prompts, {})
+    prompts = PromptDataset("prompts.parquet")
+    assert len(prompts) == 1 and prompts[0].ground_truth == "TOTAL 12.40" and len(prompts[0].images) == 1
+    scope = {}
+    exec(config, scope)
+    assert isinstance(scope["get_config"](), RLConfig)
+
+
+def test_commands_exist():
+    named = set(re.findall(r"`?hdpo ([a-z][a-z-]+)", README))
+    assert named and named <= {*COMMANDS, *RUNS}
+
+
+def test_make_targets_exist():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for document in (README, (ROOT / "CONTRIBUTING.md").read_text()):
+        assert set(re.findall(r"make ([a-z][a-z-]+)", document)) <= targets | {"it", "them"}
+
+
+def test_files_exist():
+    for document in (README, (ROOT / "CONTRIBUTING.md").read_text(), (ROOT / "launch" / "README.md").read_text()):
+        for name in re.findall(r"\b(?:hdpo_jax|models|sharding|configs|launch|tests)/[\w./-]*\w", document):
+            assert (ROOT / name).exists(), name
