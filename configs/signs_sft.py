@@ -17,5 +17,5 @@ def get_config() -> SFTConfig:
         output="runs/quickstart/sft",
         model=replace(read.model, path="runs/quickstart/read/hf"),
         data=replace(read.data, path="runs/quickstart/data/cold_start_1.parquet"),
-        train=replace(read.train, steps=120),
+        train=replace(read.train, steps=100),
     )

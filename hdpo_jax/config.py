@@ -72,9 +72,6 @@ class ToolsConfig:
     output_chars: int = 65_536
     max_images: int = 8
     """Images one call may return; the rest are dropped whole, and the observation says so."""
-    crop_in_process: bool = True
-    """Whether calls that only crop or resize a prompt image by literal numbers skip the interpreter: the same answer
-    for a hundredth of the time, and none of the policy's code is run."""
 
 
 @dataclass(frozen=True, kw_only=True)

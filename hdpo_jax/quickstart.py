@@ -151,8 +151,9 @@ def _compare(
 
 def _table(summary: Mapping[str, Any]) -> Table:
     table = Table(title="held-out signs, one sampled answer each")
-    for column, justify in (("", "left"), ("cold start", "right"), ("HDPO", "right")):
-        table.add_column(column, justify=justify)
+    table.add_column()
+    table.add_column("cold start", justify="right")
+    table.add_column("HDPO", justify="right")
     for key, label in SHOWN.items():
         table.add_row(label, f"{summary['cold_start'][key]:.3f}", f"{summary['hdpo'][key]:.3f}")
     return table

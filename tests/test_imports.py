@@ -1,6 +1,7 @@
 """The house's rules that a reader can not see in one file."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -71,3 +72,13 @@ def test_no_loose_ends():
     texts = {path: path.read_text(encoding="utf-8") for path in files}
     wrong = [f"{path.relative_to(ROOT)}: {word}" for path, text in texts.items() for word in words if word in text]
     assert not wrong
+
+
+def test_no_paths_of_one_machine():
+    pattern = re.compile(r"""["'`( ]/(home|root|Users|work)/\w""")
+    suffixes = {".py", ".md", ".toml", ".sh", ".html", ".js", ".css", ""}
+    folders = [*BELOW, "configs", "launch", "tests", ".ci"]
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in suffixes]
+    files += [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "Makefile", "pyproject.toml")]
+    found = {path: pattern.search(path.read_text(encoding="utf-8")) for path in files if path.is_file()}
+    assert not [f"{path.relative_to(ROOT)}: {match[0]}" for path, match in found.items() if match]

@@ -10,6 +10,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import jax
 import numpy as np
@@ -440,7 +441,7 @@ class _Run:
 def _packed(
     processor: Processor,
     rows: Sequence[Sequence[EncodedImage]],
-    token_ids: Int[np.ndarray, "rows tokens"],
+    token_ids: Any,
     patches: int,
 ) -> PackedImages | None:
     """Images for a padded batch, placed at the rows' placeholder tokens; None where the shape has no room for any."""
@@ -452,14 +453,14 @@ def _packed(
 
 
 def _admission(source: Int[np.ndarray, " slots"]) -> Admission:
+    """An admission to fill in: NumPy arrays, which programs take as they take JAX's."""
     slots = len(source)
-    pending, length, limit, offset = (np.zeros(slots, np.int32) for _ in range(4))
-    return Admission(source, pending, length, limit, offset, np.zeros((slots, 3), np.int32))
+    arrays: list[Any] = [source, *(np.zeros(slots, np.int32) for _ in range(4)), np.zeros((slots, 3), np.int32)]
+    return Admission(*arrays)
 
 
 def _extension(rows: int, tokens: int, slots: int) -> Extension:
-    pending, added, offset = (np.zeros(rows, np.int32) for _ in range(3))
-    nobody = np.full(rows, slots, np.int32)
-    return Extension(
-        nobody, np.zeros((rows, tokens), np.int32), np.zeros((rows, tokens, 3), np.int32), pending, added, offset
-    )
+    """An extension to fill in, all its rows padding."""
+    nobody, ids, positions = np.full(rows, slots, np.int32), np.zeros((rows, tokens), np.int32), (rows, tokens, 3)
+    arrays: list[Any] = [nobody, ids, np.zeros(positions, np.int32), *(np.zeros(rows, np.int32) for _ in range(3))]
+    return Extension(*arrays)

@@ -7,7 +7,7 @@ prompt and themselves (`PackedRows.prefix_ids`), so packed and unpacked rows giv
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -202,7 +202,9 @@ def fill_rows(
                 cursor += segment.tokens
 
     packed = pack_images(config, images, feature_index, shape.patches) if shape.patches else None
-    return PackedRows(token_ids, positions, segment_ids, prefix_ids, targets, loss_mask, rollout, logprobs, packed)
+    # Programs take NumPy arrays as they take JAX's, which is what the record declares.
+    arrays: list[Any] = [token_ids, positions, segment_ids, prefix_ids, targets, loss_mask, rollout, logprobs, packed]
+    return PackedRows(*arrays)
 
 
 def padding_share(rows: PackedRows) -> float:

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 _MASKED = -jnp.inf
@@ -36,7 +37,7 @@ def _invert(cumulative: Float[Array, "rows vocab"], keys: Key[Array, " rows"]) -
 def sample(
     logits: Float[Array, "rows vocab"],
     keys: Key[Array, " rows"],
-    forbidden: Bool[Array, " vocab"],
+    forbidden: Bool[Array | np.ndarray, " vocab"],
     *,
     temperature: float,
     top_k: int = 0,

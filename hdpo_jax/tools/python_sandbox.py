@@ -17,7 +17,6 @@ from rich.console import Console
 
 from hdpo_jax.config import ConfigError, ToolsConfig
 from hdpo_jax.tools.bubblewrap import INSTALL
-from hdpo_jax.tools.crops import cropped
 from hdpo_jax.tools.fork_server import ForkServer, Kernel, ServerLost
 from hdpo_jax.tools.kernel import frames
 from hdpo_jax.tools.kernel.pictures import MAX_PIXELS
@@ -93,10 +92,6 @@ class PythonSession:
         with self._lock, self._running:
             if self._closed:
                 return Observation(text="The session is closed.", ok=False, lost=True)
-            if self._config.crop_in_process and self._kernel is None:
-                picture = cropped(code, self._images)
-                if picture is not None:
-                    return Observation(text="", images=[picture])
             try:
                 return self._run(code)
             except ServerLost as error:

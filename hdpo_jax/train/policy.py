@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
@@ -27,7 +27,7 @@ class Policy:
     mesh: Mesh
 
 
-def load_policy(config: ModelConfig, axes: MeshAxes, devices: Sequence[jax.Device] | None = None) -> Policy:
+def load_policy(config: ModelConfig, axes: MeshAxes, devices: Sequence[Any] | None = None) -> Policy:
     """The policy in the HF directory `config.path`, its parameters spread over a mesh of `devices` (None: all)."""
     mesh = make_mesh(axes, devices)
     processor = Processor.from_hf(config.path)

@@ -103,9 +103,10 @@ def assemble(
         for first in range(0, len(trajectories), size)
     ]
     each = groups // mini_batches
+    micro_batches: Any
     rows, micro_batches = pack([families[first : first + each] for first in range(0, groups, each)])
 
-    def per_rollout(values: Sequence[float | bool], dtype: type) -> np.ndarray:
+    def per_rollout(values: Sequence[float | bool], dtype: type) -> Any:
         return np.asarray(values, dtype).reshape(groups, size)
 
     batch = UpdateBatch(

@@ -75,8 +75,9 @@ def train_sft(config: SFTConfig, *, title: str = "sft") -> RunResult:
     ) -> tuple[TrainState, Mapping[str, Any]]:
         rows, micro_batches = pack([[encode(conversation) for conversation in conversations]])
         padding = padding_share(rows)
-        batch = SupervisedBatch(jax.tree.map(lambda leaf: leaf[0], rows), np.int32(micro_batches[0]))
-        batch = batch._replace(rows=shard_batch(batch.rows, policy.mesh, axis=1))
+        used: Any = np.int32(micro_batches[0])
+        rows = shard_batch(jax.tree.map(lambda leaf: leaf[0], rows), policy.mesh, axis=1)
+        batch = SupervisedBatch(rows, used)
         state, metrics = learn(state, batch)
         return state, jax.device_get(dict(metrics)) | {"rows/padding": padding}
 

@@ -21,7 +21,7 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, Sharding, SingleDeviceSharding
+from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
@@ -275,13 +275,13 @@ def load_hf(
 
     graphdef, abstract = nnx.split(nnx.eval_shape(build))
     if mesh is None:
-        device = jax.config.jax_default_device or jax.local_devices()[0]
-        shardings = jax.tree.map(lambda _: SingleDeviceSharding(device), abstract)
+        here = jnp.zeros(()).sharding  # the default device's
+        shardings = jax.tree.map(lambda _: here, abstract)
     else:
         shardings = param_shardings(abstract, mesh)
 
-    def read(path: Path_, shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding) -> jax.Array:
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
+    def read(path: Any, shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding) -> jax.Array:
+        def shard(index: Any) -> np.ndarray:
             return _read_shard(sources[path], shape, index).astype(dtype)
 
         return jax.make_array_from_callback(shape, sharding, shard)
@@ -312,7 +312,9 @@ def _to_model(tensor: np.ndarray, place: TensorPlace, shape: tuple[int, ...]) ->
 
 
 def _to_file(tensor: np.ndarray, place: TensorPlace) -> np.ndarray:
-    return tensor.reshape(-1, place.shape[0]).T.reshape(place.shape) if place.transposed else tensor.reshape(place.shape)
+    if place.transposed:
+        tensor = tensor.reshape(-1, place.shape[0]).T
+    return tensor.reshape(place.shape)
 
 
 # -- save ---------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -66,7 +66,7 @@ def pack_images(
         raise ValueError(f"room for {patches} patches a row is not a multiple of {vision.spatial_merge_size**2}")
     if len(rows) != len(feature_index):
         raise ValueError(f"images of {len(rows)} rows came with feature indices of {len(feature_index)} rows")
-    packed = PackedImages(
+    empty: dict[str, Any] = dict(  # NumPy arrays, which programs take as they take JAX's
         patches=np.zeros((len(rows), patches, vision.patch_dim), np.float32),
         segment_ids=np.zeros((len(rows), patches), np.int32),
         coordinates=np.zeros((len(rows), patches, 2), np.int32),
@@ -74,6 +74,7 @@ def pack_images(
         weights=np.zeros((len(rows), patches, 4), np.float32),
         feature_index=np.asarray(feature_index, np.int32),
     )
+    packed = PackedImages(**empty)
     for row, images in enumerate(rows):
         needed = sum(len(image.patches) for image in images)
         if needed > patches:

@@ -1,6 +1,7 @@
 import random
 import time
 from dataclasses import replace
+from typing import Any
 
 import jax
 import numpy as np
@@ -47,8 +48,9 @@ class Camera:
         return Session()
 
 
-def sampler(policy, toolbox=None, *, rollout=ROLLOUT, agent=AGENT, seed=3) -> Sampler:
-    return Sampler(policy.model, policy.processor, toolbox or Camera(), agent=agent, rollout=rollout, seed=seed)
+def sampler(policy, toolbox: Any = None, *, rollout=ROLLOUT, agent=AGENT, seed=3) -> Sampler:
+    toolbox = toolbox or Camera()
+    return Sampler(policy.model, policy.processor, toolbox, agent=agent, rollout=rollout, seed=seed)
 
 
 def sample(policy, prompts, *, samples=2, step=5, **settings):

@@ -80,17 +80,22 @@ def test_a_prompt_stands_once_in_a_row_and_its_last_token_in_every_response():
     assert not rows.loss_mask[0, :9].any()
 
 
+def images_of(rows):
+    assert rows.images is not None
+    return rows.images
+
+
 def test_positions_and_images_are_those_of_the_trajectory_alone():
     one = trajectory(0, 1, 3, observed=True)
     rows = packed([trajectory(0, 0, 5), one], RowShape(64, 64), 1)
     positions, _ = mrope_positions(one.token_ids, [i.grid for i in one.images], CONFIG)
     at = np.flatnonzero(rows.segment_ids[0] == rows.segment_ids[0][rows.rollout[0] == 1][0])
     np.testing.assert_array_equal(rows.positions[0, at], positions[9:-1])
-    features = rows.images.feature_index[0]
+    features = images_of(rows).feature_index[0]
     # The prompt's image has features 0 to 5, the observation's 6 and 7, whichever response it belongs to.
     assert features[features >= 0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
     assert (features[at] >= 6).sum() == 2
-    assert (rows.images.segment_ids[0] > 0).sum() == 24 + 8
+    assert (images_of(rows).segment_ids[0] > 0).sum() == 24 + 8
 
 
 def test_rows_keep_to_both_budgets():
@@ -98,7 +103,7 @@ def test_rows_keep_to_both_budgets():
     shape = RowShape(48, 40)
     rows = packed(trajectories, shape, 16)
     in_use = (rows.segment_ids > 0).any(axis=1)
-    assert ((rows.images.segment_ids > 0).sum(axis=1)[in_use] <= 40).all()
+    assert ((images_of(rows).segment_ids > 0).sum(axis=1)[in_use] <= 40).all()
     # 24 patches a prompt and 8 an observation: two responses fill a row's patches, so 16 take 8 rows, not 4.
     assert in_use.sum() == 8
     assert padding_share(rows) == pytest.approx(1 - (rows.segment_ids > 0).sum() / (8 * 48))

@@ -20,7 +20,6 @@ CONFIG = ToolsConfig(
     output_chars=2_000,
     max_images=3,
     workers=8,
-    crop_in_process=False,
 )
 
 Run = Callable[[Session, str], Observation]

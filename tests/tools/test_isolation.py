@@ -195,7 +195,7 @@ import shutil; print(shutil.disk_usage('/tmp').total >> 20)
 
 class TestWithoutSandbox:
     def test_it_works_and_warns(self, run, picture, capfd):
-        with ToolBox(ToolsConfig(sandbox="none", crop_in_process=False)) as box:
+        with ToolBox(ToolsConfig(sandbox="none")) as box:
             assert "WITHOUT a sandbox" in " ".join(capfd.readouterr().err.split())
             with box.session([picture]) as session:
                 assert run(session, "x = 1\nimage_1.crop((0, 0, 9, 9))").images[0].size == (9, 9)

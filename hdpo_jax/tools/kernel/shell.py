@@ -158,7 +158,7 @@ class Shell(InteractiveShell):
         formatter: Any = self.display_formatter
         return formatter.formatters["text/plain"](value)
 
-    def system(self, cmd: str) -> None:  # noqa: D102
+    def system(self, cmd: str) -> None:
         sys.stdout.flush()
         self.user_ns["_exit_code"] = _system(self.var_expand(cmd, depth=1))
 
@@ -208,8 +208,13 @@ class Session:
         # IPython's advice on how to leave it.
         warnings.filterwarnings("ignore", message="To exit: use")
         plt.show = self._show_figures
-        setattr(matplotlib.figure.Figure, "show", lambda figure, *_, **__: self._gallery.add(figure))  # noqa: B010
-        setattr(Image.Image, "show", lambda image, *_, **__: self._gallery.add(image))  # noqa: B010
+
+        def shown(picture: Any, *_: Any, **__: Any) -> None:
+            self._gallery.add(picture)
+
+        figures: Any = matplotlib.figure.Figure
+        pictures: Any = Image.Image
+        figures.show = pictures.show = shown
 
     def warm_up(self) -> None:
         """Loads and fills, before the fork, what the first calls of every session would otherwise do."""
