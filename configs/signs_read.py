@@ -16,7 +16,7 @@ def get_config() -> SFTConfig:
             name="muon", muon_learning_rate=2e-2, learning_rate=3e-3, schedule="cosine", b2=0.99, weight_decay=0.0
         ),
         train=SFTTrainConfig(
-            steps=400,
+            steps=320,
             batch_size=64,
             checkpoint_every=100,
             row_tokens=152,

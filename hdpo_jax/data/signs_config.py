@@ -56,11 +56,11 @@ class SignsConfig:
     """What the boards look like and how many there are."""
 
     cold_start: tuple[ColdStartPhase, ...] = (
-        ColdStartPhase(conversations=8_192, tool_share_legible=0.35, tool_share_illegible=0.65),
-        ColdStartPhase(conversations=4_096, tool_share_legible=0.97, tool_share_illegible=0.97, misplaced_share=0.15),
+        ColdStartPhase(conversations=6_144, tool_share_legible=0.35, tool_share_illegible=0.65),
+        ColdStartPhase(conversations=2_048, tool_share_legible=0.97, tool_share_illegible=0.97, misplaced_share=0.10),
     )
     """One file each: the first teaches reading and the tool, the second the reflex of calling it."""
-    train_boards: int = 4_096
+    train_boards: int = 2_048
     test_boards: int = 512
     families: tuple[str, ...] = ("read",)
     letters: str = "AEGMRSTUVWXZ"
@@ -74,7 +74,7 @@ class SignsConfig:
     """Widths and heights of boards, px."""
     cell: int = 128
     """Side of the squares in whose middle signs stand, px."""
-    jitter: float = 3.0
+    jitter: float = 0.5
     """How far a sign may stand off that middle, in px as the policy reads it: large signs, seen reduced, more."""
     legible_height: tuple[float, float] = (52.0, 56.0)
     """Range of the height of the letters, px."""

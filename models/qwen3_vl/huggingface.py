@@ -288,9 +288,7 @@ def load_hf(
 
     filled = [
         (path, leaf.replace(read(path, leaf.shape, leaf.dtype, sharding.get_value())))
-        for (path, leaf), (_, sharding) in zip(
-            nnx.to_flat_state(abstract), nnx.to_flat_state(shardings), strict=True
-        )
+        for (path, leaf), (_, sharding) in zip(nnx.to_flat_state(abstract), nnx.to_flat_state(shardings), strict=True)
     ]
     return nnx.merge(graphdef, nnx.from_flat_state(filled))
 

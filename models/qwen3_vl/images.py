@@ -82,9 +82,7 @@ def pack_images(
         at, segment = 0, 1
         for image in images:
             packed.patches[row, at : at + len(image.patches)] = image.patches
-            geometry = _frame_geometry(
-                image.grid[1], image.grid[2], vision.spatial_merge_size, vision.position_side
-            )
+            geometry = _frame_geometry(image.grid[1], image.grid[2], vision.spatial_merge_size, vision.position_side)
             for _ in range(image.grid[0]):
                 span = np.s_[row, at : at + image.grid[1] * image.grid[2]]
                 packed.segment_ids[span] = segment

@@ -77,9 +77,7 @@ class Qwen3VL(nnx.Module):
         index = jnp.broadcast_to(jnp.arange(length), (batch, length))
         if positions is None:
             positions = jnp.broadcast_to(index[..., None], (batch, length, 3))
-        visibility = Visibility(
-            query_ids=segment_ids, prefix_ids=prefix_ids, key_ids=segment_ids, query_index=index
-        )
+        visibility = Visibility(query_ids=segment_ids, prefix_ids=prefix_ids, key_ids=segment_ids, query_index=index)
         x, deepstack = self._embed(input_ids, images)
         return self.decoder(x, text_rotation(self.config.text, positions), visibility, deepstack, remat=self.remat)
 

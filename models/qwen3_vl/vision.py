@@ -73,9 +73,7 @@ class VisionTower(nnx.Module):
             precision=precision,
             rngs=rngs,
         )
-        table = jax.random.normal(
-            rngs.params(), (config.num_position_embeddings, config.hidden_size), precision.params
-        )
+        table = jax.random.normal(rngs.params(), (config.num_position_embeddings, config.hidden_size), precision.params)
         self.position_table = nnx.Param(config.initializer_range * table, axes=(None, "vision_embed"))
         self.layers = stack(lambda rngs: VisionLayer(config, precision=precision, rngs=rngs), config.depth, rngs)
         self.merger = PatchMerger(config, norm_after_merge=False, precision=precision, rngs=rngs)

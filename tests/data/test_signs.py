@@ -230,7 +230,7 @@ def test_another_seed_gives_other_boards(files, tmp_path):
         ("held_out_share", 1e-9, "both sides"),
         ("train_boards", 0, "at least 1"),
         ("legible_height", (60.0, 90.0), "3 letters fit"),
-        ("illegible_height", (7.0, 11.0), "at most 8.7 px"),
+        ("illegible_height", (7.0, 11.0), "at most 9.8 px"),
     ],
 )
 def test_settings_that_make_no_task_are_refused(field, value, said):
