@@ -46,7 +46,7 @@ format: $(TESTING)  ## let ruff mend what it can
 	$(BIN)/ruff format
 
 bench: $(TESTING)  ## the benchmarks of tests/bench, printed
-	$(BIN)/python -m pytest tests/bench -s $(ARGS)
+	for bench in tests/bench/*.py; do $(BIN)/python $$bench $(ARGS) || exit 1; done
 
 clean:  ## remove .venv, caches and build leftovers; runs stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

@@ -32,9 +32,9 @@ def get_config() -> RLConfig:
             observation_shapes=((24, 16), (40, 64), (40, 0)),
         ),
         algorithm=AlgorithmConfig(w_tool=0.15),
-        optimizer=OptimizerConfig(learning_rate=1e-4),
+        optimizer=OptimizerConfig(learning_rate=2e-4),
         train=RLTrainConfig(
-            steps=200,
+            steps=160,
             prompts_per_step=32,
             group_size=8,
             mini_batches=1,

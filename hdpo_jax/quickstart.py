@@ -1,5 +1,7 @@
 """The whole method on a laptop: built-in data, cold start, HDPO, evaluation, report, export. `hdpo quickstart`."""
 
+import dataclasses
+import functools
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -9,10 +11,11 @@ from typing import Any, TypeVar
 
 import jax
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 from configs import signs_hdpo, signs_read, signs_sft
-from hdpo_jax.config import RLConfig, SFTConfig, ToolsConfig
+from hdpo_jax.config import ConfigError, RLConfig, SFTConfig, ToolsConfig
 from hdpo_jax.data.prompts import PromptDataset
 from hdpo_jax.data.signs import SignsConfig, cold_start_texts, write_signs
 from hdpo_jax.data.tiny_checkpoint import write_tiny_checkpoint
@@ -50,12 +53,10 @@ def run(out: Path, seed: int, tools: ToolsConfig) -> Mapping[str, Any]:
     console = Console()
     started = time.perf_counter()
     seconds: dict[str, float] = {}
-    data, random, report = out / "data", out / "random", out / "report.html"
 
     # What can refuse does so first: nothing is trained before the sandbox is known to work.
     with ToolBox(tools) as toolbox:
-        with console.status("drawing signs"):
-            _stage(seconds, "data", lambda: _make_task(data, random, seed))
+        _stage(seconds, "data", lambda: _make_task(out, seed, console))
         read, sft, hdpo = _configs(out, seed, tools)
         results = [
             _stage(seconds, "read", lambda: _trained(train_sft(read, title="1/3 learn to read"), read)),
@@ -75,7 +76,7 @@ def run(out: Path, seed: int, tools: ToolsConfig) -> Mapping[str, Any]:
     write_text_atomically(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     write_report(out)
     console.print(_table(summary))
-    console.print(f"report         {report}")
+    console.print(f"report         {out / 'report.html'}")
     console.print(f"the policy     {summary['hf_export']}  (HF format)")
     console.print("load it with   transformers.AutoModelForImageTextToText.from_pretrained(…), or")
     console.print(f"               hdpo generate --model {summary['hf_export']} --messages IN.jsonl --output OUT.jsonl")
@@ -89,10 +90,26 @@ def _stage(seconds: dict[str, float], name: str, work: Callable[[], Result]) -> 
     return result
 
 
-def _make_task(data: Path, random: Path, seed: int) -> None:
-    """Boards, conversations and a random model; each is whole or absent, so a second run keeps what is there."""
-    files = write_signs(data, SignsConfig(), seed=seed, workers=2)
-    write_tiny_checkpoint(random, seed=seed, corpus=cold_start_texts(files.cold_start))
+def _make_task(out: Path, seed: int, console: Console) -> None:
+    """Boards, conversations and a random model, unless `out` holds them already."""
+    signs = SignsConfig()
+    # Written last: what is there without it is half of a task, and drawn again.
+    marker, settings = out / "task.json", json.loads(json.dumps({"seed": seed, "signs": dataclasses.asdict(signs)}))
+    if marker.exists():
+        found = json.loads(marker.read_text(encoding="utf-8"))
+        if found != settings:
+            raise ConfigError(
+                f"{out} holds a run with seed {found.get('seed')} or other settings; this one has seed {seed}: "
+                "choose another --out, or delete it"
+            )
+        return
+    boards = sum(phase.conversations for phase in signs.cold_start) + signs.train_boards + signs.test_boards
+    with Progress(*Progress.get_default_columns(), console=console) as progress:
+        task = progress.add_task("draw signs", total=boards)
+        advance = functools.partial(progress.advance, task)
+        files = write_signs(out / "data", signs, seed=seed, workers=2, advance=advance)
+    write_tiny_checkpoint(out / "random", seed=seed, corpus=cold_start_texts(files.cold_start))
+    write_text_atomically(marker, json.dumps(settings, indent=2) + "\n")
 
 
 def _configs(out: Path, seed: int, tools: ToolsConfig) -> tuple[SFTConfig, SFTConfig, RLConfig]:

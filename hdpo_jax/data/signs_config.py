@@ -56,7 +56,7 @@ class SignsConfig:
     """What the boards look like and how many there are."""
 
     cold_start: tuple[ColdStartPhase, ...] = (
-        ColdStartPhase(conversations=6_144, tool_share_legible=0.35, tool_share_illegible=0.65),
+        ColdStartPhase(conversations=6_144, tool_share_legible=0.2, tool_share_illegible=0.9),
         ColdStartPhase(conversations=2_048, tool_share_legible=0.97, tool_share_illegible=0.97, misplaced_share=0.10),
     )
     """One file each: the first teaches reading and the tool, the second the reflex of calling it."""
@@ -81,7 +81,7 @@ class SignsConfig:
     illegible_height: tuple[float, float] = (7.0, 8.0)
     plate: tuple[int, int] = (56, 32)
     """Width and height of the plate behind illegible letters, px."""
-    contrast: tuple[float, float] = (80.0, 150.0)
+    contrast: tuple[float, float] = (100.0, 170.0)
     """Range of the difference between letters and plate, grey levels."""
     noise: float = 5.0
     """Standard deviation of the sensor noise, grey levels."""

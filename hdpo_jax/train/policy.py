@@ -5,13 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from hdpo_jax.config import ModelConfig
+from hdpo_jax.config import ConfigError, ModelConfig
 from models.qwen3_vl import Qwen3VL, load_hf
 from models.qwen3_vl.processing import Processor
+from sharding import multihost
 from sharding.mesh import MeshAxes, make_mesh
 
 
@@ -29,6 +31,10 @@ class Policy:
 
 def load_policy(config: ModelConfig, axes: MeshAxes, devices: Sequence[Any] | None = None) -> Policy:
     """The policy in the HF directory `config.path`, its parameters spread over a mesh of `devices` (None: all)."""
+    multihost.start()
+    if jax.process_count() > 1:
+        # Rollouts in lock-step over hosts are not written yet; without them the hosts would wait for each other.
+        raise ConfigError(f"this job has {jax.process_count()} processes; expected one, with all the devices it drives")
     mesh = make_mesh(axes, devices)
     processor = Processor.from_hf(config.path)
     model = load_hf(

@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
@@ -28,29 +27,19 @@ from safetensors.numpy import save_file
 from models.qwen3_vl.config import Qwen3VLConfig
 from models.qwen3_vl.layers import Remat
 from models.qwen3_vl.model import Qwen3VL
+from models.qwen3_vl.stored import INDEX, CheckpointError, StoredTensor, read_json, stored_tensors
 from sharding import param_shardings
 from sharding.multihost import barrier, is_lead
 
-INDEX = "model.safetensors.index.json"
-DTYPES = {
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F16": np.dtype(np.float16),
-    "F32": np.dtype(np.float32),
-    "F64": np.dtype(np.float64),
-}
 WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
-Path_ = tuple[str | int, ...]
-
-
-class CheckpointError(ValueError):
-    """A checkpoint directory is not what it should be; the message is one line."""
+StatePath = tuple[str | int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorPlace:
     """Where one tensor of a file belongs."""
 
-    path: Path_
+    path: StatePath
     """Path of the parameter in the model's state."""
     layer: int | None
     """Which layer of a stacked parameter; None: all of it."""
@@ -67,15 +56,15 @@ def tensor_places(config: Qwen3VLConfig) -> dict[str, TensorPlace]:
     """Every tensor of a checkpoint by its name, and where it belongs."""
     places: dict[str, TensorPlace] = {}
 
-    def add(name: str, path: Path_, shape: tuple[int, ...], *, layer: int | None = None, transposed: bool = False):
+    def add(name: str, path: StatePath, shape: tuple[int, ...], *, layer: int | None = None, transposed: bool = False):
         places[name] = TensorPlace(path=path, layer=layer, shape=shape, transposed=transposed)
 
-    def add_linear(name: str, path: Path_, outputs: int, inputs: int, *, bias: bool, layer: int | None = None):
+    def add_linear(name: str, path: StatePath, outputs: int, inputs: int, *, bias: bool, layer: int | None = None):
         add(f"{name}.weight", (*path, "kernel"), (outputs, inputs), layer=layer, transposed=True)
         if bias:
             add(f"{name}.bias", (*path, "bias"), (outputs,), layer=layer)
 
-    def add_layer_norm(name: str, path: Path_, size: int, *, layer: int | None = None):
+    def add_layer_norm(name: str, path: StatePath, size: int, *, layer: int | None = None):
         add(f"{name}.weight", (*path, "scale"), (size,), layer=layer)
         add(f"{name}.bias", (*path, "bias"), (size,), layer=layer)
 
@@ -119,7 +108,7 @@ def tensor_places(config: Qwen3VLConfig) -> dict[str, TensorPlace]:
         add_linear(f"{name}.mlp.linear_fc2", (*path, "down"), width, vision.intermediate_size, bias=True, layer=layer)
         add_layer_norm(f"{name}.norm1", (*path, "attention_norm"), width, layer=layer)
         add_layer_norm(f"{name}.norm2", (*path, "mlp_norm"), width, layer=layer)
-    mergers: list[tuple[str, Path_, int]] = [("model.visual.merger", ("vision", "merger"), width)]
+    mergers: list[tuple[str, StatePath, int]] = [("model.visual.merger", ("vision", "merger"), width)]
     for number in range(len(vision.deepstack_visual_indexes)):
         name = f"model.visual.deepstack_merger_list.{number}"
         mergers.append((name, ("vision", "deepstack_mergers", number), vision.merged_size))
@@ -139,77 +128,7 @@ def _canonical(name: str) -> str:
     return name
 
 
-# -- files --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class StoredTensor:
-    """A tensor in a safetensors file, not yet read."""
-
-    file: Path
-    offset: int
-    shape: tuple[int, ...]
-    dtype: np.dtype
-
-    def read(self) -> np.ndarray:
-        """Mapped from disk: pages are read when they are used."""
-        if 0 in self.shape:
-            return np.zeros(self.shape, self.dtype)
-        return np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
-
-
-def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a directory's safetensors files, under its canonical name.
-
-    Raises CheckpointError for a file that is missing, cut short, or not safetensors.
-    """
-    index = directory / INDEX
-    if index.exists():
-        files = sorted(set(_read_json(index).get("weight_map", {}).values()))
-    else:
-        files = sorted(path.name for path in directory.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{directory} holds no *.safetensors file; expected a Hugging Face checkpoint directory")
-    tensors: dict[str, StoredTensor] = {}
-    for file in files:
-        tensors |= _stored_in(directory / file)
-    return tensors
-
-
-def _stored_in(file: Path) -> dict[str, StoredTensor]:
-    if not file.is_file():
-        raise CheckpointError(f"{file} is missing; {INDEX} names it")
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = stream.read(length) if 8 + length <= size else b""
-    try:
-        entries = json.loads(header)
-        entries.pop("__metadata__", None)
-        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-    except (ValueError, AttributeError, KeyError, TypeError):
-        raise CheckpointError(f"{file} is cut short or is not a safetensors file ({size} bytes)") from None
-    if 8 + length + end != size:
-        raise CheckpointError(f"{file} is cut short or damaged: {size} bytes, its header says {8 + length + end}")
-    tensors = {}
-    for name, entry in entries.items():
-        if entry["dtype"] not in DTYPES:
-            raise CheckpointError(f"{file}: {name} is {entry['dtype']}; expected one of {', '.join(DTYPES)}")
-        shape, dtype = tuple(entry["shape"]), DTYPES[entry["dtype"]]
-        begin, end = entry["data_offsets"]
-        if end - begin != math.prod(shape) * dtype.itemsize:
-            raise CheckpointError(f"{file}: {name} of shape {shape} takes {end - begin} bytes; the header is damaged")
-        tensors[_canonical(name)] = StoredTensor(file=file, offset=8 + length + begin, shape=shape, dtype=dtype)
-    return tensors
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text())
-    except FileNotFoundError:
-        raise CheckpointError(f"{file} is missing; expected a Hugging Face checkpoint directory") from None
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not valid JSON: {error}") from None
+# -- load ---------------------------------------------------------------------------------------------------------
 
 
 def _check(stored: Mapping[str, StoredTensor], places: Mapping[str, TensorPlace], directory: Path) -> None:
@@ -232,13 +151,10 @@ def _check(stored: Mapping[str, StoredTensor], places: Mapping[str, TensorPlace]
         raise CheckpointError(f"{directory}: tensors do not match config.json; {'; '.join(found)}")
 
 
-# -- load ---------------------------------------------------------------------------------------------------------
-
-
 def read_config(directory: str | os.PathLike[str]) -> Qwen3VLConfig:
     """The config.json of a checkpoint directory."""
     file = Path(directory) / "config.json"
-    raw = _read_json(file)
+    raw = read_json(file)
     try:
         return Qwen3VLConfig.from_hf(raw)
     except (TypeError, ValueError) as error:
@@ -261,12 +177,12 @@ def load_hf(
     directory = Path(directory)
     config = read_config(directory)
     places = tensor_places(config)
-    stored = stored_tensors(directory)
+    stored = stored_tensors(directory, _canonical)
     if config.tie_word_embeddings:
         # Some files hold the tied matrix twice.
         stored.pop("lm_head.weight", None)
     _check(stored, places, directory)
-    sources: dict[Path_, list[tuple[TensorPlace, StoredTensor]]] = {}
+    sources: dict[StatePath, list[tuple[TensorPlace, StoredTensor]]] = {}
     for name, place in places.items():
         sources.setdefault(place.path, []).append((place, stored[name]))
 
@@ -282,7 +198,7 @@ def load_hf(
 
     def read(path: Any, shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding) -> jax.Array:
         def shard(index: Any) -> np.ndarray:
-            return _read_shard(sources[path], shape, index).astype(dtype)
+            return _read_shard(sources[path], shape, index).astype(dtype, copy=False)
 
         return jax.make_array_from_callback(shape, sharding, shard)
 
@@ -340,16 +256,16 @@ def save_hf(
     if base is not None:
         if read_config(base) != model.config:
             raise CheckpointError(f"{base} describes a model of other sizes than the one to be saved")
-        config = _read_json(Path(base) / "config.json")
+        config = read_json(Path(base) / "config.json")
         # A base may be a tokenizer and a config only, where a model was trained from scratch.
         with contextlib.suppress(CheckpointError):
-            stored = stored_tensors(Path(base))
-    if directory.exists() and any(directory.iterdir()) and not (directory / "config.json").exists():
-        raise CheckpointError(f"{directory} is not empty and holds no model; choose another place to save to")
+            stored = stored_tensors(Path(base), _canonical)
+    if directory.exists() and not _replaceable(directory):
+        raise CheckpointError(f"{directory} is there and is no model directory; choose another place to save to")
     dtypes = {name: np.dtype(dtype) if dtype else _stored_dtype(stored, name, model) for name in places}
     _set_dtype(config, dtypes["model.language_model.embed_tokens.weight"])
 
-    tensors = _host_tensors(model, places, dtypes)
+    tensors = file_tensors(model, places, dtypes)
     if not is_lead():
         for _ in tensors:
             pass
@@ -382,7 +298,7 @@ def _set_dtype(config: dict[str, Any], dtype: np.dtype) -> None:
                 section[key] = dtype.name
 
 
-def _host_tensors(
+def file_tensors(
     model: Qwen3VL, places: Mapping[str, TensorPlace], dtypes: Mapping[str, np.dtype]
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor as the file holds it, one at a time in host memory."""
@@ -422,15 +338,23 @@ def _write_shards(
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
+def _replaceable(directory: Path) -> bool:
+    """Whether a place is empty, or a model to be overwritten: never a run's directory or somebody's home."""
+    if not directory.is_dir():
+        return False
+    names = {entry.name for entry in directory.iterdir()}
+    return not names or ("config.json" in names and any(name.endswith(".safetensors") for name in names))
+
+
 def _copy_companions(base: Path, target: Path) -> None:
     """Tokenizer, processor and generation settings: all that is neither weights nor about the base itself."""
     for entry in base.iterdir():
         if entry.name.startswith(".") or entry.name == "README.md" or entry.name.endswith(WEIGHT_SUFFIXES):
             continue
-        if entry.is_dir():
-            shutil.copytree(entry, target / entry.name)
-        else:
+        if entry.is_file():
             shutil.copy(entry, target / entry.name)
+        elif entry.name == "additional_chat_templates":
+            shutil.copytree(entry, target / entry.name)
 
 
 def _replace(directory: Path, new: Path) -> None:

@@ -1,0 +1,74 @@
+"""Log-probabilities in blocks are those of all logits at once, with their gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models.logprobs import token_logprobs, token_logprobs_and_entropy
+
+FORBIDDEN = jnp.zeros(23, bool).at[jnp.array([0, 7])].set(True)
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    keys = jax.random.split(jax.random.key(0), 3)
+    hidden = jax.random.normal(keys[0], (3, 7, 5))
+    head = jax.random.normal(keys[1], (5, 23))
+    return hidden, head, jax.random.randint(keys[2], (3, 7), 8, 23)
+
+
+def dense(hidden, head, targets, temperature):
+    logprobs = jax.nn.log_softmax(jnp.where(FORBIDDEN, -jnp.inf, hidden @ head / temperature))
+    finite = jnp.where(FORBIDDEN, 0, logprobs)
+    chosen = jnp.take_along_axis(logprobs, targets[..., None], axis=-1)[..., 0]
+    return chosen, -jnp.sum(jnp.exp(logprobs) * finite, axis=-1)
+
+
+@pytest.mark.parametrize("block", [1, 9, 1000])
+def test_values_and_gradients(arrays, block):
+    hidden, head, targets = arrays
+
+    def ours(hidden, head):
+        found = token_logprobs_and_entropy(hidden, head, targets, temperature=0.7, forbidden=FORBIDDEN, block=block)
+        return found.logprobs.sum() + found.entropy.sum(), found
+
+    def expected(hidden, head):
+        found = dense(hidden, head, targets, 0.7)
+        return found[0].sum() + found[1].sum(), found
+
+    gradients, found = jax.grad(ours, argnums=(0, 1), has_aux=True)(hidden, head)
+    reference, values = jax.grad(expected, argnums=(0, 1), has_aux=True)(hidden, head)
+    for ours_, theirs in zip((*found, *gradients), (*values, *reference), strict=True):
+        np.testing.assert_allclose(ours_, theirs, atol=2e-6)
+
+
+def test_hand_computed():
+    # Logits ln 1, ln 2, ln 5 with ln 5 forbidden: 1/3 and 2/3. With it, 2/8; the entropy of (1/3, 2/3) is 0.6365.
+    head = jnp.log(jnp.array([[1.0, 2.0, 5.0]]))
+    forbidden = jnp.array([False, False, True])
+    found = token_logprobs_and_entropy(jnp.ones((1, 1)), head, jnp.array([1]), forbidden=forbidden)
+    np.testing.assert_allclose(found.logprobs, np.log(2 / 3), atol=1e-6)
+    np.testing.assert_allclose(found.entropy, 0.6365142, atol=1e-6)
+    np.testing.assert_allclose(token_logprobs(jnp.ones((1, 1)), head, jnp.array([1])), np.log(2 / 8), atol=1e-6)
+
+
+def test_leading_axes_and_bfloat16(arrays):
+    hidden, head, targets = arrays
+    flat = token_logprobs(hidden[0], head, targets[0], block=4)
+    stacked = token_logprobs(hidden[None], head, targets[None], block=4)
+    assert flat.shape == (7,) and stacked.shape == (1, 3, 7)
+    np.testing.assert_allclose(stacked[0, 0], flat, atol=1e-6)
+    assert token_logprobs(hidden.astype(jnp.bfloat16), head, targets).dtype == jnp.float32
+
+
+def test_logits_of_all_tokens_are_never_held(arrays):
+    """The largest array of the compiled gradient is smaller than [tokens, vocabulary]."""
+    hidden, targets = jnp.zeros((64, 32, 4)), jnp.zeros((64, 32), jnp.int32)
+    head = jnp.zeros((4, 512))
+
+    def loss(hidden, head):
+        return token_logprobs(hidden, head, targets, block=128).sum()
+
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(hidden, head).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 64 * 32 * 512 * 4
