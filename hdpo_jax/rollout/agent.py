@@ -159,6 +159,7 @@ class Sampler:
             images = _packed(processor, [()] * config.append_rows, extension.token_ids, patches)
             self._state = self._programs.append(params, self._state, extension, images)
         self._state, chunk = self._programs.decode(params, self._state)
+        self._state = self._programs.release(self._state)
         jax.block_until_ready(chunk)
 
 
@@ -214,10 +215,12 @@ class _Run:
         return sorted(self._finished, key=lambda trajectory: (trajectory.group, trajectory.sample))
 
     def close(self) -> None:
-        """Frees what an interrupted run still holds; its slots are simply reused."""
+        """Frees what an interrupted run still holds."""
         for live in self._live.values():
             if live.session:
                 live.session.close()
+        if self._live:
+            self._sampler._state = self._programs.release(self._sampler._state)
 
     # Prompts into slots
 

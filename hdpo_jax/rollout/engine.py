@@ -4,6 +4,7 @@
     fork      a computed prompt -> any number of slots
     decode    up to N tokens in every live slot; leaves early when enough slots need the host
     append    an observation (ids, images) -> a live slot; the turns before it stay cached
+    release   all slots free again, whatever they held
 
 A slot holds `length` tokens. All but the last are in the cache; the last is *pending*: the next decode step
 feeds it, so prefill, fork and append hand over in the same way. Feeding a pending token twice writes the same
@@ -82,13 +83,14 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True)
 class Programs:
-    """The four jitted programs, bound to one model structure and one set of sampling settings."""
+    """The jitted programs, bound to one model structure and one set of sampling settings."""
 
     empty_state: Callable[[], RolloutState]
     prefill: Callable[..., KVCache]
     fork: Callable[[RolloutState, KVCache, Admission], RolloutState]
     decode: Callable[[Any, RolloutState], tuple[RolloutState, Chunk]]
     append: Callable[..., RolloutState]
+    release: Callable[[RolloutState], RolloutState]
 
 
 def trajectory_key(seed: int, identity: Int[Array, " 3"]) -> Int[Array, " 2"]:
@@ -230,12 +232,16 @@ def make_programs(
             )
         )
 
+    def release(state: RolloutState) -> RolloutState:
+        return _sharded(state._replace(active=jnp.zeros_like(state.active)))
+
     return Programs(
         empty_state=jax.jit(empty_state),
         prefill=jax.jit(prefill),
         fork=jax.jit(fork, donate_argnums=0),
         decode=jax.jit(decode, donate_argnums=1),
         append=jax.jit(append, donate_argnums=1),
+        release=jax.jit(release, donate_argnums=0),
     )
 
 

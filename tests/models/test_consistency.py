@@ -146,9 +146,8 @@ def test_nobody_sees_the_future_or_another_segment(pair):
     @jax.jit
     @jax.grad
     def influence(inputs_, segment_ids, at):
-        embedding, patches = inputs_
+        params, patches = inputs_
         model = nnx.merge(graphdef, params)
-        model.embedding[...] = embedding
         assert inputs.images is not None
         images = inputs.images._replace(patches=patches)
         found = model(inputs.token_ids, positions=inputs.positions, segment_ids=segment_ids, images=images)
@@ -156,10 +155,10 @@ def test_nobody_sees_the_future_or_another_segment(pair):
 
     assert inputs.images is not None
     for segment_ids, at in ((np.ones_like(segments), boundary - 1), (segments, place)):
-        embedding, patches = influence((pair.model.embedding[...], inputs.images.patches), segment_ids, at)
+        gradients, patches = influence((params, inputs.images.patches), segment_ids, at)
         visible = (np.arange(len(ids)) <= at) & (segment_ids[0] == segment_ids[0, at])
         text = ids != IMAGE
-        touched = np.abs(embedding).sum(-1)[ids] > 0
+        touched = np.abs(gradients["embedding"][...]).sum(-1)[ids] > 0
         np.testing.assert_array_equal(touched[text], visible[text])
         first, second, padding = np.split(np.abs(patches[0]).sum(-1) > 0, [8, 16])
         images_visible = [visible[ids == IMAGE][:2].all(), visible[ids == IMAGE][2:].all()]

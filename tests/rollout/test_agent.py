@@ -248,3 +248,18 @@ def test_greedy_without_tools_needs_no_toolbox(task, policy):
         twice = ours.sample(policy.params, [prompt, prompt], samples=1, step=0)
     assert twice[0].token_ids.tolist() == twice[1].token_ids.tolist()
     assert twice[0].calls == 0
+
+
+def test_an_interrupted_run_leaves_nothing_behind(task, policy, reference):
+    """Ctrl-C in the middle: sessions are closed, and the next run is as if nothing had happened."""
+    toolbox = Camera()
+    ours = sampler(policy, toolbox)
+
+    def interrupt(trajectory):
+        raise KeyboardInterrupt
+
+    with jax.set_mesh(policy.mesh):
+        with pytest.raises(KeyboardInterrupt):
+            ours.sample(policy.params, task.prompts[:5], samples=2, step=5, on_finished=interrupt)
+        assert toolbox.open == 0
+        assert_same(ours.sample(policy.params, task.prompts[:5], samples=2, step=5), reference)
