@@ -1,5 +1,6 @@
 """transformers' own Qwen3-VL with random weights, at awkward sizes, and inputs for it: what ours is held against."""
 
+import copy
 import functools
 import tempfile
 from collections.abc import Sequence
@@ -114,11 +115,19 @@ class Oracle:
 
     hf: Any
     model: Qwen3VL
-    directory: str
+    folder: tempfile.TemporaryDirectory
+
+    @property
+    def directory(self) -> str:
+        return self.folder.name
 
     @property
     def config(self) -> Qwen3VLConfig:
         return self.model.config
+
+
+def hf_config(name: str) -> Any:
+    return transformers.Qwen3VLConfig.from_dict(copy.deepcopy(CONFIGS[name]) | TOKENS)
 
 
 @functools.cache
@@ -126,16 +135,15 @@ def oracle(name: str) -> Oracle:
     """fp32, random weights: large enough that every part of the model shows in the logits."""
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(sum(name.encode()))
-    hf = transformers.Qwen3VLForConditionalGeneration(transformers.Qwen3VLConfig(**CONFIGS[name], **TOKENS))
-    hf = hf.float().eval()
+    hf = transformers.Qwen3VLForConditionalGeneration(hf_config(name)).float().eval()
     with torch.no_grad():
         for parameter in hf.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(noise * 0.15 + (1.0 if parameter.ndim == 1 else 0.0))
-    # Tied to this process; pytest's tmp_path is not there for a cached function.
-    directory = tempfile.mkdtemp(prefix="hdpo-oracle-")
-    hf.save_pretrained(directory)
-    return Oracle(hf=hf, model=load_hf(directory, dtype=jnp.float32), directory=directory)
+    # Removed when the process ends; pytest's tmp_path is not there for a cached function.
+    folder = tempfile.TemporaryDirectory(prefix="hdpo-oracle-")
+    hf.save_pretrained(folder.name)
+    return Oracle(hf=hf, model=load_hf(folder.name, dtype=jnp.float32), folder=folder)
 
 
 @dataclass(frozen=True, kw_only=True)

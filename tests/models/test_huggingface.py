@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -77,7 +78,9 @@ def test_saved_in_parts_from_eight_devices_and_loaded_by_transformers(tmp_path, 
     with torch.no_grad():
         expected = pair.hf(**inputs).logits
         for saved in ("saved", "again"):
-            loaded = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / saved, dtype=torch.float32)
+            loaded: Any = transformers.AutoModelForImageTextToText.from_pretrained(
+                tmp_path / saved, dtype=torch.float32
+            )
             torch.testing.assert_close(loaded(**inputs).logits, expected)
 
 
