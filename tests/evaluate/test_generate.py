@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ def test_greedy_generation_is_that_of_transformers(tiny_model: Path, messages: P
     generate_file(tiny_model, messages, output, max_new_tokens=12, temperature=0.0, dtype="float32")
     found = [json.loads(line) for line in output.read_text().splitlines()]
     processor = Processor.from_hf(tiny_model)
-    model = Qwen3VLForConditionalGeneration.from_pretrained(tiny_model, dtype=torch.float32)
+    model: Any = Qwen3VLForConditionalGeneration.from_pretrained(tiny_model, dtype=torch.float32)
     forbidden = [[token] for token in np.flatnonzero(processor.forbidden).tolist()]
     for record, conversation in zip(found, CONVERSATIONS, strict=True):
         encoded = processor.encode_messages(conversation)
