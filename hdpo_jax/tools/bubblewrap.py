@@ -90,18 +90,20 @@ def sandboxed(command: Sequence[str], variables: Mapping[str, str], *, report: i
     else:
         arguments += ["--unshare-user"]
     for name, value in variables.items():
-        arguments += ["--setenv", name, value]
+        paths = name in ("PATH", "PYTHONPATH")
+        inside = os.pathsep.join(map(_inside, value.split(os.pathsep))) if paths else value
+        arguments += ["--setenv", name, inside]
     for path in SYSTEM:
         if os.path.islink(path):
             arguments += ["--symlink", os.readlink(path), path]
         elif os.path.isdir(path):
             arguments += ["--ro-bind", path, path]
-    folders = python_folders()
+    folders = {folder: Path(_inside(str(folder))) for folder in python_folders()}
     # Made beforehand: those that bubblewrap makes by itself are closed to others, and sessions are others.
-    for parent in dict.fromkeys(parent for folder in folders for parent in reversed(folder.parents[:-1])):
+    for parent in dict.fromkeys(parent for folder in folders.values() for parent in reversed(folder.parents[:-1])):
         arguments += ["--dir", str(parent)]
-    for folder in folders:
-        arguments += ["--ro-bind", str(folder), str(folder)]
+    for folder, place in folders.items():
+        arguments += ["--ro-bind", str(folder), str(place)]
     arguments += ["--dir", os.path.dirname(KERNEL_INSIDE), "--dir", "/etc"]
     for path in SETTINGS:
         arguments += ["--ro-bind-try", path, path]
@@ -111,4 +113,9 @@ def sandboxed(command: Sequence[str], variables: Mapping[str, str], *, report: i
         arguments += ["--dev-bind", device, device]
     arguments += ["--symlink", "/proc/self/fd", "/dev/fd", "--symlink", "/tmp", "/dev/shm", "--remount-ro", "/dev"]
     arguments += ["--proc", "/proc", "--tmpfs", "/tmp", "--remount-ro", "/", "--info-fd", str(report)]
-    return [*arguments, "--chdir", "/tmp", "--", *command]
+    return [*arguments, "--chdir", "/tmp", "--", _inside(command[0]), *command[1:]]
+
+
+def _inside(path: str) -> str:
+    """Where a folder of the host stands in the sandbox: in its place, but not in /tmp, which each session has anew."""
+    return f"/host{path}" if Path(path).is_relative_to("/tmp") else path

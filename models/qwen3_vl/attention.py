@@ -1,6 +1,5 @@
 """Attention: one function; who sees whom is told by ids and indices, not by a mask in memory."""
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -83,26 +82,23 @@ def cached_attention(
         room = max(1, CPU_BLOCK_BYTES // (2 * math.prod(keys.shape[2:]) * keys.dtype.itemsize))
         rows = max(rows for rows in range(1, room + 1) if len(queries) % rows == 0)
 
-        # What no row of a block has reached is not read, in steps of a quarter of the cache.
-        spans = [-(-keys.shape[3] * quarter // 4) for quarter in (1, 2, 3, 4)]
-
         def block(first: Array) -> Array:
-            query = jax.lax.dynamic_slice_in_dim(queries, first, rows)
-            reached = jax.lax.dynamic_slice_in_dim(index, first, rows)
-
-            def up_to(span: int) -> Array:
-                at, sizes = (layer, first, 0, 0, 0), (1, rows, keys.shape[2], span, keys.shape[4])
-                held = [jax.lax.dynamic_slice(cached, at, sizes)[0] for cached in (keys, values)]
-                return attention(query, held[0], held[1], Visibility(query_index=reached))
-
-            quarter = jnp.searchsorted(jnp.array(spans[:-1]), jnp.max(reached), side="right")
-            return jax.lax.switch(quarter, [functools.partial(up_to, span) for span in spans])
+            at = (layer, first, 0, 0, 0)
+            sizes = (1, rows, *keys.shape[2:])
+            return attention(
+                jax.lax.dynamic_slice_in_dim(queries, first, rows),
+                jax.lax.dynamic_slice(keys, at, sizes)[0],
+                jax.lax.dynamic_slice(values, at, sizes)[0],
+                Visibility(query_index=jax.lax.dynamic_slice_in_dim(index, first, rows)),
+            )
 
         return jax.lax.map(block, jnp.arange(0, len(queries), rows)).reshape(queries.shape)
 
-    if queries.shape[1] > 1 or not jax.sharding.get_abstract_mesh().empty:
+    if queries.shape[1] > 1 or jax.sharding.get_abstract_mesh().size > 1:
         return whole(queries, keys, values, layer, index)
     # XLA:CPU copies the layer's slice of the cache. A few rows at a time, the copy stays in the processor's cache.
+    # (Reading only what a block's rows have reached would save a third, but a row's last bits would then depend on its
+    # neighbours, and a run on the timing of its tools.)
     return jax.lax.platform_dependent(queries, keys, values, layer, index, cpu=by_blocks, default=whole)
 
 

@@ -13,7 +13,7 @@ import pytest
 
 import hdpo_jax
 from hdpo_jax.config import ConfigError, ToolsConfig
-from hdpo_jax.tools import ToolBox
+from hdpo_jax.tools import ToolBox, bubblewrap
 from hdpo_jax.tools.python_sandbox import PythonTool
 
 SECRET = "correct-horse-battery-staple"
@@ -191,6 +191,19 @@ import shutil; print(shutil.disk_usage('/tmp').total >> 20)
         trainer.wait()
         trainer.stdout.close()
         assert wait_until(lambda: not any(os.path.exists(f"/proc/{process}") for process in everything))
+
+
+@pytest.mark.requires_bwrap
+def test_packages_may_be_installed_below_tmp(run, monkeypatch):
+    """As those of a clone in /tmp are, which a session's own /tmp would hide."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        os.chmod(folder, 0o755)
+        Path(folder, "site_of_tmp.py").write_text("WHERE = 'below /tmp'")
+        roots, path = bubblewrap.python_folders(), bubblewrap.search_path()
+        monkeypatch.setattr(bubblewrap, "python_folders", lambda: (*roots, Path(folder)))
+        monkeypatch.setattr(bubblewrap, "search_path", lambda: [*path, folder])
+        with ToolBox(ToolsConfig(workers=1)) as box, box.session([]) as session:
+            assert run(session, "import site_of_tmp; site_of_tmp.WHERE").text == "'below /tmp'"
 
 
 class TestWithoutSandbox:
