@@ -1,7 +1,11 @@
 """The command line, `hdpo`. Help does not wait for JAX, and an error is one readable line."""
 
+import logging
+import re
 import sys
 from collections.abc import Sequence
+
+from hdpo_jax.errors import Stopped
 
 HELP = """\
 usage: hdpo COMMAND [OPTIONS]
@@ -27,10 +31,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; 0 on success, 2 where flags or a config do not fit, 1 after any other error."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
+    # What a run has to say on the way goes between its progress lines, in the same plain words.
+    logging.basicConfig(format="hdpo: %(message)s")
     try:
         return dispatch([argument for argument in given if argument != "--debug"])
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
+    except Stopped as stopped:
+        return _fail(str(stopped), stopped.status)
     except Exception as error:
         if debug:
             raise
@@ -58,10 +66,21 @@ def is_misuse(error: Exception) -> bool:
 def describe(error: Exception, limit: int = 600) -> str:
     """One line that says what an error says; its type where the text alone would not be a sentence."""
     text = " ".join(str(error).split())
+    if "RESOURCE_EXHAUSTED" in text or "Out of memory" in text:
+        return _out_of_memory(text)
     if len(text) > limit:
         text = f"{text[:limit]} [… --debug shows all]"
     speaks = isinstance(error, ValueError | OSError | RuntimeError) and " " in text
     return text if speaks else ": ".join(filter(None, (type(error).__name__, text)))
+
+
+def _out_of_memory(text: str) -> str:
+    size = re.search(r"(\d+) bytes", text)
+    asked = f"a program asked for {int(size[1]) / 1e9:,.1f} GB" if size else "a program asked for more than there is"
+    return (
+        f"out of memory: {asked}; lower what is held at a time (rollout.slots, rollout.capacity, rollout.*_shapes, "
+        "train.row_tokens, train.row_patches, train.micro_batch_rows), or spread it over more devices (mesh.*)"
+    )
 
 
 def _fail(message: str, status: int) -> int:

@@ -5,14 +5,15 @@ What a command does is imported when it runs: help and refusals come at once.
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal, Protocol
 
 import tyro
 
 from hdpo_jax.config import AgentConfig, ConfigError, Dtype, RLConfig, RolloutConfig, SFTConfig, ToolsConfig
-from hdpo_jax.config_files import config_names, load_config
+from hdpo_jax.config_files import config_names, load_config, run_settings
+from hdpo_jax.data.signs_config import SignsConfig
 from hdpo_jax.flags import parse_flags
 
 
@@ -30,11 +31,12 @@ class Quickstart:
     """Where everything goes; a run that stopped there is resumed."""
     seed: int = 0
     tools: ToolsConfig = field(default_factory=ToolsConfig)
+    signs: SignsConfig = field(default_factory=SignsConfig)
 
     def run(self) -> None:
         from hdpo_jax import quickstart
 
-        quickstart.run(self.out, self.seed, self.tools)
+        quickstart.run(self.out, self.seed, self.tools, self.signs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,8 @@ class Eval:
     """A parquet file, or a folder of them, in the Metis-RL schema."""
     output: Path
     """The folder for results.json and the trajectories."""
+    settings: Path | None = None
+    """A run of `hdpo train` whose agent.*, rollout.* and tools.* are the defaults here; without it, --run-dir."""
     samples: int = 1
     """Rollouts a prompt."""
     limit: int = 0
@@ -59,14 +63,18 @@ class Eval:
     tools: ToolsConfig = field(default_factory=ToolsConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
 
-    def __post_init__(self):
-        if (self.model is None) == (self.run_dir is None):
-            raise ConfigError("expected one of --model and --run-dir")
+    @property
+    def settings_of(self) -> Path | None:
+        return self.settings or (self.run_dir if self.model is None else None)
 
     def run(self) -> None:
+        if (self.model is None) == (self.run_dir is None):
+            raise ConfigError("expected one of --model and --run-dir")
         from hdpo_jax.evaluate.runner import evaluate
 
-        evaluate(**{entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)})
+        given = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
+        del given["settings"]
+        evaluate(**given)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +152,7 @@ class ImportHF:
         from hdpo_jax.evaluate.convert import import_hf
 
         import_hf(self.model, self.checkpoint)
+        print(self.checkpoint)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +170,7 @@ class ExportHF:
         from hdpo_jax.evaluate.convert import export_hf
 
         export_hf(self.checkpoint, self.output, self.dtype)
+        print(self.output)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +203,11 @@ def run_command(name: str, flags: Sequence[str]) -> None:
     if name in RUNS:
         _train(name, flags)
     elif name in COMMANDS:
-        parse_flags(COMMANDS[name], flags, program=f"hdpo {name}").run()
+        command = parse_flags(COMMANDS[name], flags, program=f"hdpo {name}")
+        if isinstance(command, Eval) and (run := command.settings_of):
+            # Once more: what the run's settings are to this command, flags may override.
+            command = parse_flags(Eval, flags, program=f"hdpo {name}", default=replace(command, **run_settings(run)))
+        command.run()
     else:
         known = ", ".join([*RUNS, *COMMANDS])
         raise ConfigError(f"there is no command {name!r}; expected one of {known}")
@@ -212,8 +226,9 @@ def _train(name: str, flags: Sequence[str]) -> None:
     if isinstance(config, SFTConfig):
         from hdpo_jax.train.sft import train_sft
 
-        train_sft(config)
+        result = train_sft(config)
     else:
         from hdpo_jax.train.rl import train_rl
 
-        train_rl(config)
+        result = train_rl(config)
+    result.require_finished(config.output)

@@ -1,11 +1,16 @@
 """Every setting of a run, as frozen dataclasses checked at construction: one line says what is wrong."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
 from sharding.mesh import MeshAxes
 
 Dtype = Literal["bfloat16", "float32"]
+
+
+PATCHES_PER_TOKEN = 4
+"""Qwen3-VL merges 2 x 2 image patches into the features of one token."""
 
 
 class ConfigError(ValueError):
@@ -15,6 +20,22 @@ class ConfigError(ValueError):
 def _require(condition: bool, name: str, found: object, expected: str) -> None:
     if not condition:
         raise ConfigError(f"{name} is {found!r}; expected {expected}")
+
+
+def _at_least(config: object, prefix: str, least: float, *names: str) -> None:
+    for name, value in _numbers(config, names):
+        _require(value >= least, f"{prefix}.{name}", value, f"at least {least:g}")
+
+
+def _more_than_zero(config: object, prefix: str, *names: str) -> None:
+    for name, value in _numbers(config, names):
+        _require(value > 0, f"{prefix}.{name}", value, "more than 0")
+
+
+def _numbers(config: object, names: Iterable[str]) -> Iterator[tuple[str, float]]:
+    """The settings that are numbers; `config_files` refuses the others, by their declared types."""
+    values = ((name, getattr(config, name)) for name in names)
+    return ((name, value) for name, value in values if isinstance(value, int | float))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,16 +53,17 @@ class ModelConfig:
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     path: str
-    """A parquet file, or a folder of them, in the Metis-RL (train) or Metis-ColdStart (sft) schema."""
+    """A parquet file, a folder of them, or a folder that tensorflow-datasets prepared as ArrayRecord (its split
+    "train", or the one whose name stands behind it), in the Metis-RL (train) or Metis-ColdStart (sft) schema."""
     workers: int = 0
     """Grain worker processes that read rows; 0 reads in the main process."""
     cache_mb: int = 2_048
-    """Conversations stay encoded, images resized, while they fit this much host memory (sft)."""
-    max_prompt_tokens: int = 24_576
+    """Prompts and conversations stay encoded, images resized, while they fit this much host memory."""
     max_bad_rows: float = 0.01
     """Share of unusable rows past which a run stops instead of skipping them."""
 
     def __post_init__(self):
+        _at_least(self, "data", 0, "workers", "cache_mb")
         _require(0 <= self.max_bad_rows <= 1, "data.max_bad_rows", self.max_bad_rows, "a share from 0 to 1")
 
 
@@ -52,10 +74,11 @@ class AgentConfig:
     max_response_tokens: int = 16_384
     """Tokens after the prompt, observations included."""
     max_observation_tokens: int = 8_192
+    """Tokens of one observation, chat wrapper included; a longer one loses images from the end, then its middle."""
 
     def __post_init__(self):
-        _require(self.max_calls >= 0, "agent.max_calls", self.max_calls, "0 or more")
-        _require(self.max_response_tokens > 0, "agent.max_response_tokens", self.max_response_tokens, "at least 1")
+        _at_least(self, "agent", 0, "max_calls")
+        _at_least(self, "agent", 1, "max_response_tokens", "max_observation_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +95,11 @@ class ToolsConfig:
     output_chars: int = 65_536
     max_images: int = 8
     """Images one call may return; the rest are dropped whole, and the observation says so."""
+
+    def __post_init__(self):
+        _at_least(self, "tools", 1, "workers", "memory_mb", "processes", "disk_mb", "output_chars")
+        _at_least(self, "tools", 0, "max_images")
+        _more_than_zero(self, "tools", "timeout_seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +128,9 @@ class RolloutConfig:
     """The same for observations."""
 
     def __post_init__(self):
-        _require(self.slots > 0, "rollout.slots", self.slots, "at least 1")
-        _require(self.temperature >= 0, "rollout.temperature", self.temperature, "0 (greedy) or more")
+        _at_least(self, "rollout", 1, "slots", "capacity", "chunk", "prefill_rows", "append_rows")
+        _at_least(self, "rollout", 0, "gather_seconds", "temperature", "top_k")
+        _require(0 < self.return_early <= 1, "rollout.return_early", self.return_early, "a share in (0, 1]")
         _require(0 < self.top_p <= 1, "rollout.top_p", self.top_p, "a share in (0, 1]")
         for name in ("prompt_shapes", "observation_shapes"):
             shapes = getattr(self, name)
@@ -128,8 +157,7 @@ class AlgorithmConfig:
     dual_clip: float = 3.0
 
     def __post_init__(self):
-        for name in ("w_acc", "w_tool", "clip_low", "clip_high"):
-            _require(getattr(self, name) >= 0, f"algorithm.{name}", getattr(self, name), "0 or more")
+        _at_least(self, "algorithm", 0, "coupling", "w_acc", "w_tool", "clip_low", "clip_high")
         _require(self.dual_clip > 1, "algorithm.dual_clip", self.dual_clip, "more than 1")
 
 
@@ -148,8 +176,10 @@ class OptimizerConfig:
     """Global norm that gradients are clipped to."""
 
     def __post_init__(self):
-        _require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "more than 0")
-        _require(self.clip_norm > 0, "optimizer.clip_norm", self.clip_norm, "more than 0")
+        _more_than_zero(self, "optimizer", "learning_rate", "muon_learning_rate", "clip_norm")
+        _at_least(self, "optimizer", 0, "warmup_steps", "weight_decay")
+        for name in ("b1", "b2"):
+            _require(0 <= getattr(self, name) < 1, f"optimizer.{name}", getattr(self, name), "a share in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,11 +195,18 @@ class TrainConfig:
     micro_batch_rows: int = 8
     """Packed rows whose activations are held at a time."""
     max_rows: int = 0
-    """Rows that the static batch holds; 0: as many as the worst case needs."""
+    """Rows that the static batch holds; 0: as many as the first batch needs, and a quarter more. A later batch that
+    needs more gets them, at the price of a compilation."""
+
+    def __post_init__(self):
+        _at_least(self, "train", 1, "steps", "checkpoint_every", "keep_checkpoints", "row_tokens", "micro_batch_rows")
+        _at_least(self, "train", 0, "row_patches", "max_rows")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RLTrainConfig(TrainConfig):
+    row_tokens: int = 41_984
+    row_patches: int = 131_072
     prompts_per_step: int = 128
     group_size: int = 16
     mini_batches: int = 2
@@ -178,15 +215,21 @@ class RLTrainConfig(TrainConfig):
     """Steps between two rollout dumps; 0: none."""
 
     def __post_init__(self):
+        super().__post_init__()
+        _at_least(self, "train", 0, "dump_every")
+        _at_least(self, "train", 1, "prompts_per_step", "group_size")
         divides = self.mini_batches > 0 and self.prompts_per_step % self.mini_batches == 0
         _require(divides, "train.mini_batches", self.mini_batches, "a divisor of train.prompts_per_step")
-        _require(self.group_size > 0, "train.group_size", self.group_size, "at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SFTTrainConfig(TrainConfig):
     batch_size: int = 128
     """Conversations an optimizer step."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        _at_least(self, "train", 1, "batch_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,3 +258,35 @@ class RLConfig:
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: RLTrainConfig = field(default_factory=RLTrainConfig)
+
+    def __post_init__(self):
+        """The static sizes hold whatever the budgets allow: else a run would end in the middle, over one trajectory."""
+        require_observations_fit(self.agent, self.rollout)
+        prompt_tokens = max(tokens for tokens, _ in self.rollout.prompt_shapes) + 1
+        tokens = min(self.rollout.capacity, prompt_tokens + self.agent.max_response_tokens)
+        _require(
+            self.train.row_tokens >= tokens,
+            "train.row_tokens",
+            self.train.row_tokens,
+            f"at least {tokens}, for the longest trajectory that agent.* and rollout.* allow",
+        )
+        shown = max(patches for _, patches in self.rollout.observation_shapes)
+        patches = max(patches for _, patches in self.rollout.prompt_shapes)
+        patches += min(self.agent.max_calls * shown, PATCHES_PER_TOKEN * self.agent.max_response_tokens)
+        _require(
+            self.train.row_patches >= patches,
+            "train.row_patches",
+            self.train.row_patches,
+            f"at least {patches}, for the images of one trajectory that agent.* and rollout.* allow",
+        )
+
+
+def require_observations_fit(agent: AgentConfig, rollout: RolloutConfig) -> None:
+    """Raises ConfigError where a long observation has no static shape: it would end its trajectory."""
+    largest = max(tokens for tokens, _ in rollout.observation_shapes)
+    _require(
+        agent.max_observation_tokens <= largest,
+        "agent.max_observation_tokens",
+        agent.max_observation_tokens,
+        f"at most {largest}, the longest of rollout.observation_shapes",
+    )

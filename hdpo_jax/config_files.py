@@ -6,12 +6,13 @@ Whatever is wrong with one becomes a ConfigError of one line that names the file
 import dataclasses
 import difflib
 import importlib.util
+import json
 import traceback
 import types
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from hdpo_jax.config import ConfigError
+from hdpo_jax.config import AgentConfig, ConfigError, RolloutConfig, ToolsConfig
 
 Config = TypeVar("Config")
 
@@ -60,6 +61,28 @@ def load_config(name: str, kind: type[Config]) -> Config:
     if problem:
         raise ConfigError(f"{path}: {problem}")
     return config
+
+
+def run_settings(run_dir: Path) -> dict[str, Any]:
+    """The agent, rollout and tools settings of a run of `hdpo train`; none of a run that has no rollouts."""
+    file = run_dir / "config.json"
+    if not file.is_file():
+        raise ConfigError(f"{run_dir} holds no config.json; expected the output folder of hdpo train or sft")
+    stored = json.loads(file.read_text(encoding="utf-8"))
+    kinds = {"agent": AgentConfig, "rollout": RolloutConfig, "tools": ToolsConfig}
+    try:
+        return {name: kind(**_tuples(stored[name])) for name, kind in kinds.items() if name in stored}
+    except TypeError as error:
+        raise ConfigError(
+            f"{file} was written by another version: {_what(error)}; give the settings as flags"
+        ) from None
+
+
+def _tuples(value: Any) -> Any:
+    """JSON's lists as the tuples that settings hold."""
+    if isinstance(value, dict):
+        return {name: _tuples(entry) for name, entry in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def type_problem(config: Any, prefix: str = "") -> str | None:

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import jax
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -17,13 +16,13 @@ from rich.table import Table
 from configs import signs_hdpo, signs_read, signs_sft
 from hdpo_jax.config import ConfigError, RLConfig, SFTConfig, ToolsConfig
 from hdpo_jax.data.prompts import PromptDataset
-from hdpo_jax.data.signs import SignsConfig, cold_start_texts, write_signs
+from hdpo_jax.data.signs import cold_start_texts, write_signs
+from hdpo_jax.data.signs_config import SignsConfig
 from hdpo_jax.data.tiny_checkpoint import write_tiny_checkpoint
 from hdpo_jax.evaluate.convert import export_hf
 from hdpo_jax.evaluate.report import write_report
 from hdpo_jax.evaluate.runner import evaluate_policy
 from hdpo_jax.files import write_text_atomically
-from hdpo_jax.rollout.agent import Sampler
 from hdpo_jax.tools.toolbox import ToolBox
 from hdpo_jax.train.compilations import CompilationCounter
 from hdpo_jax.train.loop import RunResult
@@ -44,32 +43,27 @@ SHOWN = {
 }
 
 
-class Interrupted(RuntimeError):
-    """A stage was told to stop; the same command goes on from its checkpoint."""
-
-
-def run(out: Path, seed: int, tools: ToolsConfig) -> Mapping[str, Any]:
+def run(out: Path, seed: int, tools: ToolsConfig, signs: SignsConfig) -> Mapping[str, Any]:
     """Every stage in turn, each skipped or resumed where `out` already holds it. Returns the summary."""
     console = Console()
-    started = time.perf_counter()
-    seconds: dict[str, float] = {}
+    clock = _Clock(out / "seconds.json")
 
     # What can refuse does so first: nothing is trained before the sandbox is known to work.
     with ToolBox(tools) as toolbox:
-        _stage(seconds, "data", lambda: _make_task(out, seed, console))
+        clock.time("data", lambda: _make_task(out, seed, signs, console))
         read, sft, hdpo = _configs(out, seed, tools)
         results = [
-            _stage(seconds, "read", lambda: _trained(train_sft(read, title="1/3 learn to read"), read)),
-            _stage(seconds, "sft", lambda: _trained(train_sft(sft, title="2/3 cold start"), sft)),
-            _stage(seconds, "rl", lambda: _trained(train_rl(hdpo, title="3/3 HDPO"), hdpo)),
+            clock.time("read", lambda: _trained(train_sft(read, title="1/3 learn to read"), read)),
+            clock.time("sft", lambda: _trained(train_sft(sft, title="2/3 cold start"), sft)),
+            clock.time("rl", lambda: _trained(train_rl(hdpo, title="3/3 HDPO"), hdpo)),
         ]
-        scores, compiled = _stage(seconds, "eval", lambda: _compare(out, sft, hdpo, toolbox, seed))
+        scores, compiled = clock.time("eval", lambda: _compare(out, sft, hdpo, toolbox, seed))
 
     summary = {
         "cold_start": scores["cold_start"],
         "hdpo": scores["hdpo"],
         "hf_export": str(out / "hdpo" / "hf"),
-        "seconds": seconds | {"total": time.perf_counter() - started},
+        "seconds": clock.seconds | {"total": sum(clock.seconds.values())},
         "compilations_after_warmup": compiled + sum(result.compilations_after_warmup for result in results),
         "seed": seed,
     }
@@ -83,16 +77,24 @@ def run(out: Path, seed: int, tools: ToolsConfig) -> Mapping[str, Any]:
     return summary
 
 
-def _stage(seconds: dict[str, float], name: str, work: Callable[[], Result]) -> Result:
-    started = time.perf_counter()
-    result = work()
-    seconds[name] = time.perf_counter() - started
-    return result
+class _Clock:
+    """Seconds that each stage took, over all the calls that it took."""
+
+    def __init__(self, file: Path):
+        self._file = file
+        self.seconds: dict[str, float] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+    def time(self, name: str, work: Callable[[], Result]) -> Result:
+        started = time.perf_counter()
+        try:
+            return work()
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+            write_text_atomically(self._file, json.dumps(self.seconds, indent=2) + "\n")
 
 
-def _make_task(out: Path, seed: int, console: Console) -> None:
+def _make_task(out: Path, seed: int, signs: SignsConfig, console: Console) -> None:
     """Boards, conversations and a random model, unless `out` holds them already."""
-    signs = SignsConfig()
     # Written last: what is there without it is half of a task, and drawn again.
     marker, settings = out / "task.json", json.loads(json.dumps({"seed": seed, "signs": dataclasses.asdict(signs)}))
     if marker.exists():
@@ -134,8 +136,7 @@ def _configs(out: Path, seed: int, tools: ToolsConfig) -> tuple[SFTConfig, SFTCo
 
 def _trained(result: RunResult, config: SFTConfig | RLConfig) -> RunResult:
     """The result of a finished run, its policy exported to `hf` beside its checkpoints."""
-    if not result.finished:
-        raise Interrupted(f"stopped at step {result.steps} of {config.output}; the same command goes on from there")
+    result.require_finished(config.output)
     export_hf(Path(config.output), Path(config.output) / "hf")
     return result
 
@@ -145,24 +146,22 @@ def _compare(
 ) -> tuple[dict[str, dict[str, float]], int]:
     """Held-out results before and after HDPO, and how many programs were compiled after warm-up."""
     compilations = CompilationCounter()
-    prompts = list(PromptDataset(out / "data" / "test.parquet"))
+    prompts = PromptDataset(out / "data" / "test.parquet")
     sampler, warm, scores = None, 0, {}
     for name, config in (("cold_start", sft), ("hdpo", hdpo)):
         policy = load_policy(replace(config.model, path=f"{config.output}/hf"), config.mesh)
-        with jax.set_mesh(policy.mesh):
-            if sampler is None:
-                sampler = Sampler(
-                    policy.model, policy.processor, toolbox, agent=hdpo.agent, rollout=hdpo.rollout, seed=seed
-                )
-                sampler.warm_up(policy.params)
-                warm = compilations.count
-            scores[name] = evaluate_policy(
-                sampler,
-                policy.params,
-                prompts,
-                out / "evaluation" / f"{name}.jsonl",
-                title=f"evaluate {name.replace('_', ' ')}",
-            )
+        if sampler is None:
+            sampler = policy.sampler(toolbox, agent=hdpo.agent, rollout=hdpo.rollout, seed=seed)
+            sampler.warm_up(policy.params)
+            warm = compilations.count
+        scores[name] = evaluate_policy(
+            sampler,
+            policy.params,
+            prompts,
+            out / "evaluation" / f"{name}.jsonl",
+            count=len(prompts),
+            title=f"evaluate {name.replace('_', ' ')}",
+        )
     return scores, compilations.count - warm
 
 

@@ -22,7 +22,7 @@ class StopReason(enum.Enum):
     CALL_LIMIT = "call_limit"
     """The policy asked for one call more than allowed; that call was not sent."""
     DROPPED = "dropped"
-    """The world failed (tool server lost, judge outage): the rollout is masked out of the update."""
+    """The world failed (the tool server was lost): the rollout is masked out of the update."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +92,11 @@ class Trajectory:
     calls: int
     """Every tool call sent: malformed, unknown, refused, timed-out and failed ones count too."""
     stop: StopReason
+
+    @property
+    def usable(self) -> bool:
+        """False: dropped, through no fault of the policy's."""
+        return self.stop is not StopReason.DROPPED
 
     @property
     def response_text(self) -> str:

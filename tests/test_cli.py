@@ -1,5 +1,7 @@
 """The command line: help is there, every refusal is one readable line, and the exit code says which kind."""
 
+import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -8,9 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from configs import signs_hdpo
 from hdpo_jax import cli, commands, config_files
+from hdpo_jax.cli import describe, main
 from hdpo_jax.config import ConfigError, RLConfig, SFTConfig
 from hdpo_jax.config_files import config_names, find_config, load_config
+from hdpo_jax.errors import Stopped
 
 CONFIG = """\
 from hdpo_jax.config import *
@@ -31,9 +36,15 @@ def config(tmp_path: Path) -> Path:
 def started(monkeypatch: pytest.MonkeyPatch) -> list[RLConfig]:
     """The configs that `hdpo train` would have trained with."""
     from hdpo_jax.train import rl
+    from hdpo_jax.train.loop import RunResult
 
     configs: list[RLConfig] = []
-    monkeypatch.setattr(rl, "train_rl", configs.append)
+
+    def train(config: RLConfig) -> RunResult:
+        configs.append(config)
+        return RunResult(steps=config.train.steps, stopped_by=0, seconds=0.0, compilations_after_warmup=0)
+
+    monkeypatch.setattr(rl, "train_rl", train)
     return configs
 
 
@@ -129,8 +140,8 @@ def test_config_that_is_not_sound_is_refused(
         (["trane"], "there is no command 'trane'"),
         (["report"], "missing RUN-DIR; see hdpo report --help"),
         (["score", "--model", "m"], "missing --messages PATH, --output PATH"),
-        (["eval", "--data", "d", "--output", "o"], "Eval: expected one of --model and --run-dir"),
-        (["eval", "--data", "d", "--output", "o", "--model", "m", "--run-dir", "r"], "Eval: expected one of"),
+        (["eval", "--data", "d", "--output", "o"], "expected one of --model and --run-dir"),
+        (["eval", "--data", "d", "--output", "o", "--model", "m", "--run-dir", "r"], "expected one of"),
         (["quickstart", "--seed", "x"], "--seed: invalid literal"),
     ],
 )
@@ -208,3 +219,32 @@ def test_every_shipped_config_loads_and_says_what_it_is(name: str):
             assert "this command takes" in str(error)
     assert len(loaded) == 1
     assert textwrap.dedent(path.read_text()).startswith('"""')
+
+
+def test_running_out_of_memory_names_what_to_lower():
+    # As XLA says it, several lines and a trace along.
+    error = RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 52000000000 bytes.\n  BufferAssignment: ...")
+    line = describe(error)
+    assert line.startswith("out of memory: a program asked for 52.0 GB; lower")
+    assert "rollout.capacity" in line and "\n" not in line
+
+
+def test_a_stopped_run_says_how_to_go_on(monkeypatch, capsys):
+    def stop(arguments):
+        raise Stopped("stopped at step 3 of runs/a, which is saved; the same command goes on from there", 15)
+
+    monkeypatch.setattr("hdpo_jax.cli.dispatch", stop)
+    assert main(["train", "a"]) == 143
+    assert capsys.readouterr().err.startswith("hdpo: stopped at step 3 of runs/a")
+
+
+def test_eval_takes_the_settings_of_a_run_and_flags_override_them(tmp_path, monkeypatch):
+    config = signs_hdpo.get_config()
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    seen = []
+    monkeypatch.setattr("hdpo_jax.commands.Eval.run", lambda command: seen.append(command))
+    main(["eval", "--run-dir", str(tmp_path), "--data", "d", "--output", "o", "--rollout.slots", "8"])
+    (command,) = seen
+    assert command.agent == config.agent
+    assert command.rollout == dataclasses.replace(config.rollout, slots=8)
+    assert main(["eval", "--model", "m", "--settings", str(tmp_path / "no"), "--data", "d", "--output", "o"]) == 2

@@ -1,6 +1,5 @@
 """The quickstart in small: every stage, its files, and what a second call does."""
 
-import functools
 import json
 from dataclasses import replace
 from typing import Any
@@ -12,8 +11,7 @@ from transformers import Qwen3VLForConditionalGeneration
 from configs import signs_hdpo, signs_read, signs_sft
 from hdpo_jax import quickstart
 from hdpo_jax.config import ConfigError, ToolsConfig
-from hdpo_jax.data.signs import SignsConfig
-from hdpo_jax.data.signs_config import ColdStartPhase
+from hdpo_jax.data.signs_config import ColdStartPhase, SignsConfig
 from hdpo_jax.train.metrics import read_metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.requires_bwrap]
@@ -41,21 +39,16 @@ def in_small(monkeypatch):
         train = replace(train, prompts_per_step=2, group_size=2, dump_every=1)
         return replace(config, train=train, rollout=rollout)
 
-    phase = ColdStartPhase(conversations=24, tool_share_legible=0.5, tool_share_illegible=0.5)
-    signs = functools.partial(SignsConfig, cold_start=(phase, phase), train_boards=8, test_boards=4)
-    monkeypatch.setattr(quickstart, "SignsConfig", signs)
     for module in (signs_read, signs_sft, signs_hdpo):
         config = few_steps(module.get_config())
         monkeypatch.setattr(module, "get_config", lambda config=config: config)
 
 
-def test_every_stage_leaves_what_it_should(in_small, tmp_path, capsys, monkeypatch):
-    # The mesh takes all devices there are; a quickstart machine has one.
-    import jax
-
-    monkeypatch.setattr("sharding.mesh.jax.devices", lambda: jax.local_devices()[:1])
+def test_every_stage_leaves_what_it_should_on_eight_devices(in_small, tmp_path, capsys):
     out = tmp_path / "run"
-    summary = quickstart.run(out, 0, ToolsConfig(workers=2))
+    phase = ColdStartPhase(conversations=24, tool_share_legible=0.5, tool_share_illegible=0.5)
+    signs = SignsConfig(cold_start=(phase, phase), train_boards=8, test_boards=4)
+    summary = quickstart.run(out, 0, ToolsConfig(workers=2), signs)
     assert json.loads((out / "summary.json").read_text()) == summary
     for block in ("cold_start", "hdpo"):
         assert set(summary[block]) == RATES
@@ -75,8 +68,9 @@ def test_every_stage_leaves_what_it_should(in_small, tmp_path, capsys, monkeypat
     assert model.config.text_config.num_hidden_layers == 3
 
     steps = len(read_metrics(out / "hdpo" / "metrics.jsonl"))
-    again = quickstart.run(out, 0, ToolsConfig(workers=2))
+    again = quickstart.run(out, 0, ToolsConfig(workers=2), signs)
     assert again["hdpo"] == summary["hdpo"]
+    assert all(again["seconds"][stage] > spent for stage, spent in summary["seconds"].items())
     assert len(read_metrics(out / "hdpo" / "metrics.jsonl")) == steps == 2
     with pytest.raises(ConfigError, match="holds a run with seed 0"):
-        quickstart.run(out, 1, ToolsConfig(workers=2))
+        quickstart.run(out, 1, ToolsConfig(workers=2), signs)

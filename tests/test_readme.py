@@ -9,6 +9,7 @@ from PIL import Image
 from hdpo_jax.commands import COMMANDS, RUNS
 from hdpo_jax.config import RLConfig
 from hdpo_jax.data.prompts import PromptDataset
+from hdpo_jax.evaluate.messages import read_conversations
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -24,6 +25,15 @@ def test_python_of_the_own_data_section_runs(tmp_path: Path, monkeypatch: pytest
     scope = {}
     exec(config, scope)
     assert isinstance(scope["get_config"](), RLConfig)
+
+
+def test_json_lines_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (64, 48)).save("a.jpg")
+    (line,) = re.findall(r'^    (\{"messages".*)$', README, re.MULTILINE)
+    Path("in.jsonl").write_text(line)
+    (given,) = read_conversations("in.jsonl")
+    assert len(given.images) == 1
 
 
 def test_commands_exist():

@@ -1,4 +1,4 @@
-"""Cold-start conversations out of parquet files in the Metis-ColdStart layout."""
+"""Cold-start conversations out of rows in the Metis-ColdStart layout."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -25,10 +25,10 @@ class Conversation:
 
 
 class ConversationDataset(Dataset[Conversation]):
-    """The conversations of a parquet file or folder, checked; `report` lists the rows that can not be used.
+    """The conversations of a path, checked; `report` lists the rows that can not be used.
 
     Args:
-        path: a parquet file, or a folder of them.
+        path: a parquet file, a folder of them, or a folder that tensorflow-datasets prepared as ArrayRecord.
         max_bad_rows: share of unusable rows past which DataError is raised.
         progress: called with the rows checked so far and all rows.
         problem: why an example can not be used, in words, or None; asked when it is first read.

@@ -1,14 +1,16 @@
 """Checked rows by index: what can not be used is left out, counted and listed, and too much of it stops the run."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
-from hdpo_jax.data.images import ImageError, check_file, check_pixels, image_bytes
-from hdpo_jax.data.parquet import DataError, ParquetRows
+from hdpo_jax.data.array_record import ArrayRecordRows, find_prepared
+from hdpo_jax.data.images import ImageError, check_file, check_pixels, file_in_cell
+from hdpo_jax.data.parquet import ParquetRows
+from hdpo_jax.data.rows import DataError, Rows
 
 LISTED = 3
 """Bad rows that an error names."""
@@ -48,6 +50,10 @@ class Report:
     rows: int
     bad: Sequence[BadRow]
 
+    def with_more(self, bad: Iterable[BadRow]) -> "Report":
+        """The same, and these rows found bad later."""
+        return replace(self, bad=(*self.bad, *bad))
+
     def check(self, max_bad_rows: float) -> None:
         """Raises DataError where more than this share of the rows is bad, or no row is left."""
         if len(self.bad) <= max_bad_rows * self.rows and len(self.bad) < self.rows:
@@ -73,7 +79,7 @@ T = TypeVar("T", bound=Example)
 
 
 class Dataset(Generic[T]):
-    """The usable rows of a parquet file or folder, as examples, by index.
+    """The usable rows of parquet or ArrayRecord files, as examples, by index.
 
     Every row is parsed once when the dataset is opened, and its image files are checked to their end without
     decoding them. Reading an example for the first time decodes its images: what is given out is known to be good.
@@ -88,7 +94,7 @@ class Dataset(Generic[T]):
 
     def __init__(
         self,
-        rows: ParquetRows,
+        rows: Rows,
         parse: Callable[[Mapping[str, Any], str], T],
         *,
         max_bad_rows: float,
@@ -150,9 +156,9 @@ class Dataset(Generic[T]):
         return BadRow(file=file, row=in_file, reason=reason)
 
 
-def open_rows(path: str | Path, columns: Sequence[str], required: Sequence[str], what: str) -> ParquetRows:
+def open_rows(path: str | Path, columns: Sequence[str], required: Sequence[str], what: str) -> Rows:
     """The rows of a path whose files all have the required columns. Raises DataError."""
-    rows = ParquetRows(path, columns)
+    rows = ArrayRecordRows(path, columns) if find_prepared(Path(path)) else ParquetRows(path, columns)
     missing = rows.missing(required)
     if missing is not None:
         file, lacks, names = missing
@@ -167,7 +173,7 @@ def row_images(row: Mapping[str, Any]) -> tuple[bytes, ...]:
     images = []
     for number, value in enumerate(row.get("images") or (), start=1):
         try:
-            images.append(image_bytes(value))
+            images.append(file_in_cell(value))
         except ImageError as error:
             raise RowError(f"image {number} {error}") from error
     return tuple(images)

@@ -60,7 +60,7 @@ def encode_conversation(
             count = count_images(message)
             shown = [processor.encode_image(image) for image in unseen[:count]]
             del unseen[:count]
-            turn, kept = processor.observation_turn(text, shown)
+            turn, kept, _ = processor.observation_turn(text, shown)
             extend(turn, False)
             encoded.extend(shown[:kept])
     return EncodedConversation(token_ids=np.concatenate(ids), learned=np.concatenate(learned), images=encoded)

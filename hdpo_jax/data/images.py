@@ -8,12 +8,13 @@ from typing import Any
 
 from PIL import Image
 
+from models.qwen3_vl.pixels import MAX_PIXELS, WIDEST
+
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """Others are refused: some of Pillow's readers start programs (EPS)."""
-MAX_PIXELS = 178_956_970
-"""Beyond this, Pillow calls a file a decompression bomb."""
-MAX_ASPECT = 200
-"""The image processor refuses a longer side of more than this many times the shorter one."""
+
+MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*", b"MM\0*")
+"""How files of these formats begin."""
 
 _DATA_URI = re.compile(r"data:[\w/+.-]*;base64,")
 
@@ -22,7 +23,7 @@ class ImageError(ValueError):
     """What is wrong with an image file, in words that go behind "image 2"."""
 
 
-def image_bytes(value: Any) -> bytes:
+def file_in_cell(value: Any) -> bytes:
     """The image file in a cell: `{"bytes": …}`, bytes, a list of byte values, base64 or a data URI."""
     if isinstance(value, dict):
         value = value.get("bytes")
@@ -53,8 +54,8 @@ def check_file(data: bytes) -> None:
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise ImageError(f"is {width} x {height} pixels; at most {MAX_PIXELS:,} are read")
-    if max(width, height) > MAX_ASPECT * min(width, height):
-        raise ImageError(f"is {width} x {height} pixels; no side may be more than {MAX_ASPECT} times the other")
+    if max(width, height) > WIDEST * min(width, height):
+        raise ImageError(f"is {width} x {height} pixels; no side may be more than {WIDEST} times the other")
     if image.format == "PNG":
         try:
             # Every chunk up to the end mark, by its checksum.
@@ -83,6 +84,8 @@ def _open(data: bytes) -> Image.Image:
         raise ImageError(f"is too large: {error}") from error
     except Exception as error:
         # Pillow's readers raise whatever a damaged header leads them into.
+        if data.startswith(MAGIC):
+            raise ImageError(f"is cut short or damaged ({len(data):,} bytes)") from error
         raise ImageError(f"is no image that can be read (it starts with {data[:8]!r})") from error
 
 

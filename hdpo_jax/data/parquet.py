@@ -2,7 +2,7 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-
-class DataError(ValueError):
-    """Data that a run can not go on with; one line that names the file and says what to do."""
+from hdpo_jax.data.rows import DataError, Rows, first_line
 
 
-class ParquetRows:
+class ParquetRows(Rows):
     """The rows of a parquet file, or of every `.parquet` file below a folder in the order of their paths.
 
     Threads may share it, and processes may get a copy: file handles and cached row groups stay behind.
@@ -56,9 +54,6 @@ class ParquetRows:
         group = self._group_of(index)
         return self._table(group).slice(index - int(self._starts[group]), 1).to_pylist()[0]
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return (self[index] for index in range(len(self)))
-
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_tables")}
 
@@ -95,7 +90,7 @@ class ParquetRows:
         try:
             return pq.ParquetFile(file)
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{file} can not be read as parquet: {_first_line(error)}") from error
+            raise DataError(f"{file} can not be read as parquet: {first_line(error)}") from error
 
     def _table(self, group: int) -> pa.Table:
         with self._lock:
@@ -108,7 +103,7 @@ class ParquetRows:
                 try:
                     table = file.read_row_group(in_file, columns=wanted)
                 except (pa.ArrowException, OSError) as error:
-                    problem = f"row group {in_file} can not be read: {_first_line(error)}"
+                    problem = f"row group {in_file} can not be read: {first_line(error)}"
                     raise DataError(f"{self._files[number]}: {problem}") from error
             self._tables[group] = table
             while len(self._tables) > 1 and sum(held.nbytes for held in self._tables.values()) > self._cache_bytes:
@@ -125,7 +120,3 @@ def _find_files(path: Path) -> list[Path]:
     if not files:
         raise DataError(f"{path} holds no .parquet file")
     return files
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

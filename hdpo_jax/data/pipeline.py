@@ -14,7 +14,7 @@ from absl import flags
 from jaxtyping import Int
 
 from hdpo_jax.data.dataset import BadRow, BadRowError, Dataset, Example, Report
-from hdpo_jax.data.parquet import DataError
+from hdpo_jax.data.rows import DataError
 
 PREFETCH = 2
 """Batches that are read ahead."""
@@ -90,12 +90,12 @@ class Batches(Generic[T]):
     @property
     def report(self) -> Report:
         """All rows known to be bad: those found at the start, and those found while reading."""
-        found = self._dataset.report
-        return Report(path=found.path, rows=found.rows, bad=(*found.bad, *self._bad))
+        return self._dataset.report.with_more(self._bad)
 
     def get_state(self) -> dict[str, Any]:
-        """The place in the data, as JSON: how many batches were handed out, of which sequence."""
-        return {"batches": self._position, **self._key}
+        """The place in the data, as JSON: how many batches were handed out, of which sequence; bad rows on the way."""
+        bad = [[row.file, row.row, row.reason] for row in self._bad]
+        return {"batches": self._position, "bad": bad, **self._key}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Goes on from `get_state()` of a run on the same data. Raises DataError where the sequence is another."""
@@ -107,6 +107,7 @@ class Batches(Generic[T]):
                 )
         self.close()
         self._position = int(state["batches"])
+        self._bad = {BadRow(file=file, row=row, reason=reason): None for file, row, reason in state["bad"]}
 
     def close(self) -> None:
         """Ends worker processes and what was read ahead; the iterator may go on."""

@@ -1,5 +1,6 @@
-"""RL prompts out of parquet files in the Metis-RL layout."""
+"""RL prompts out of rows in the Metis-RL layout."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ _COLUMNS = ("data_source", "prompt", "images", "reward_model", "extra_info", "ab
 
 
 class PromptDataset(Dataset[Prompt]):
-    """The prompts of a parquet file or folder, checked; `report` lists the rows that can not be used.
+    """The prompts of a path, checked; `report` lists the rows that can not be used.
 
     Args:
-        path: a parquet file, or a folder of them.
+        path: a parquet file, a folder of them, or a folder that tensorflow-datasets prepared as ArrayRecord.
         max_bad_rows: share of unusable rows past which DataError is raised.
         progress: called with the rows checked so far and all rows.
         problem: why an example can not be used, in words, or None; asked when it is first read.
@@ -40,7 +41,7 @@ def parse_prompt(row: Mapping[str, Any], id: str) -> Prompt:
     messages = resolve_marks(row["prompt"], images)
     if messages[-1]["role"] == "assistant":
         raise RowError("the last message is the assistant's: nothing is asked")
-    extra = dict(row.get("extra_info") or {})
+    extra = _extra_info(row.get("extra_info"))
     extra |= {name: row[name] for name in ("ability", "use_tool") if row.get(name) is not None}
     return Prompt(
         id=id,
@@ -90,12 +91,29 @@ def _parts(content: str) -> list[dict[str, str]]:
 
 def _ground_truth(reward_model: Any) -> str | tuple[str, ...]:
     truth = reward_model.get("ground_truth") if isinstance(reward_model, Mapping) else None
-    if isinstance(truth, int | float) and not isinstance(truth, bool):
-        truth = str(truth)
-    if isinstance(truth, list):
-        truth = tuple(answer for answer in truth if isinstance(answer, str) and answer.strip())
-    elif not isinstance(truth, str) or not truth.strip():
-        truth = ()
-    if not truth:
+    several = isinstance(truth, list)
+    answers = tuple(filter(None, map(_answer, truth if isinstance(truth, list) else [truth])))
+    if not answers:
         raise RowError("there is no ground truth")
-    return truth
+    return answers if several else answers[0]
+
+
+def _answer(value: Any) -> str | None:
+    """An answer as text; None for what is none."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    return value if isinstance(value, str) and value.strip() else None
+
+
+def _extra_info(value: Any) -> dict[str, Any]:
+    """A struct, or the same as JSON."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) if value.strip() else None
+        except ValueError as error:
+            raise RowError(f"extra_info is not JSON: {error}") from error
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise RowError(f"extra_info is {type(value).__name__}; expected a struct")
+    return dict(value)

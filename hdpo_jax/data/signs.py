@@ -23,7 +23,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from hdpo_jax.data.schemas import COLD_START_SCHEMA, IMAGE_MARK, rl_schema
-from hdpo_jax.data.signs_config import QUESTIONS, ColdStartPhase, SignsConfig, is_held_out
+from hdpo_jax.data.signs_config import ColdStartPhase, SignsConfig, is_held_out
+from hdpo_jax.data.signs_families import KNOWN_TOWNS, QUESTIONS, TOWN_HEADS, TOWN_TAILS
 from hdpo_jax.data.signs_render import (
     PLATE_COLORS,
     Box,
@@ -69,7 +70,8 @@ class Board:
     """Where it is."""
     signs: tuple[Sign, ...]
     legible: bool
-    """Whether the inscription survives the policy's reduced view."""
+    """Whether the question can be answered without a tool: the inscription survives the policy's reduced view, or
+    (family facts) can be known by heart."""
 
 
 class SignsFiles(NamedTuple):
@@ -80,11 +82,18 @@ class SignsFiles(NamedTuple):
     test: Path
 
 
-def draw_inscription(rng: np.random.Generator, config: SignsConfig, *, held_out: bool) -> str:
+def draw_inscription(rng: np.random.Generator, config: SignsConfig, *, family: str, held_out: bool) -> str:
+    alphabet = config.alphabet(family)
     while True:
-        text = "".join(config.letters[i] for i in rng.integers(len(config.letters), size=config.length))
+        text = "".join(alphabet[i] for i in rng.integers(len(alphabet), size=config.length))
         if is_held_out(text, config) == held_out:
             return text
+
+
+def known_code(town: str, config: SignsConfig) -> str:
+    """The code of one of KNOWN_TOWNS: the same for every seed, on training and on test boards."""
+    rng = np.random.default_rng(zlib.crc32(town.encode()))
+    return draw_inscription(rng, config, family="facts", held_out=False)
 
 
 def places(size: tuple[int, int], config: SignsConfig) -> list[tuple[int, int]]:
@@ -95,32 +104,36 @@ def places(size: tuple[int, int], config: SignsConfig) -> list[tuple[int, int]]:
 
 
 def render_board(rng: np.random.Generator, config: SignsConfig, legible: bool, *, held_out: bool = False) -> Board:
-    """Draws a board, its inscriptions from the held-out or from the training set."""
+    """Draws a board, its inscriptions from the held-out or from the training set, but for the codes of known towns."""
     size = config.shapes[rng.integers(len(config.shapes))]
     family = config.families[rng.integers(len(config.families))]
     image = paint_background(rng, size)
 
     count = 2 if family == "which" else 1
     colors = rng.permutation(list(PLATE_COLORS))[:count].tolist()
-    reduction = np.mean(config.legible_height) / np.mean(config.illegible_height) if legible else 1.0
+    large = legible and family != "facts"
+    town = _draw_town(rng, known=legible) if family == "facts" else ""
+    reduction = np.mean(config.legible_height) / np.mean(config.illegible_height) if large else 1.0
+    draw = functools.partial(draw_inscription, config=config, family=family, held_out=held_out)
     signs = []
-    for color, place in zip(colors, _spread_places(rng, size, config, count, legible), strict=True):
+    for color, place in zip(colors, _spread_places(rng, size, config, count, large), strict=True):
         x, y = np.rint(place + reduction * rng.uniform(-config.jitter, config.jitter, 2)).astype(int).tolist()
         sign = paint_sign(
             image,
             rng,
-            text=draw_inscription(rng, config, held_out=held_out),
+            text=known_code(town, config) if town in KNOWN_TOWNS else draw(rng),
+            dots=family == "count",
             color=color,
             center=(x, y),
-            height=rng.uniform(*(config.legible_height if legible else config.illegible_height)),
-            plate=None if legible else config.plate,
+            height=rng.uniform(*(config.legible_height if large else config.illegible_height)),
+            plate=None if large else config.plate,
             contrast=rng.uniform(*config.contrast),
         )
         signs.append(sign)
     image = add_noise(image, rng, config.noise)
 
     asked = signs[0]
-    question = QUESTIONS[family][rng.integers(len(QUESTIONS[family]))].format(color=asked.color)
+    question = QUESTIONS[family][rng.integers(len(QUESTIONS[family]))].format(color=asked.color, town=town)
     return Board(
         image=jpeg(image, config.quality),
         size=size,
@@ -133,12 +146,18 @@ def render_board(rng: np.random.Generator, config: SignsConfig, legible: bool, *
     )
 
 
+def _draw_town(rng: np.random.Generator, *, known: bool) -> str:
+    if known:
+        return KNOWN_TOWNS[rng.integers(len(KNOWN_TOWNS))]
+    return TOWN_HEADS[rng.integers(len(TOWN_HEADS))] + TOWN_TAILS[rng.integers(len(TOWN_TAILS))]
+
+
 def _spread_places(
-    rng: np.random.Generator, size: tuple[int, int], config: SignsConfig, count: int, legible: bool
+    rng: np.random.Generator, size: tuple[int, int], config: SignsConfig, count: int, large: bool
 ) -> list[tuple[int, int]]:
     """`count` places whose signs can not touch: large plates are wider than a cell, and nearly as high."""
     spots = places(size, config)
-    if legible:  # the outer columns have no room for large plates
+    if large:  # the outer columns have no room for large plates
         outer = (spots[0][0], spots[-1][0])
         spots = [spot for spot in spots if spot[0] not in outer]
     while True:
@@ -189,7 +208,7 @@ def conversation(
         messages.append({"role": "user", "content": IMAGE_MARK + OBSERVATION_TEXT})
         images.append(_png(Image.open(io.BytesIO(board.image)).crop(box)))
     guessed = misplaced or not (board.legible or called)
-    answer = draw_inscription(rng, config, held_out=False) if guessed else board.inscription
+    answer = draw_inscription(rng, config, family=board.family, held_out=False) if guessed else board.inscription
     reason = _pick(rng, READ_CROP if called else READ_DIRECTLY)
     messages.append({"role": "assistant", "content": f"<reason>{reason}</reason><answer>{answer}</answer>"})
     return messages, images

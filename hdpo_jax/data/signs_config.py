@@ -5,26 +5,7 @@ import itertools
 from dataclasses import dataclass
 
 from hdpo_jax.config import ConfigError
-
-QUESTIONS = {
-    "read": (
-        "What does the sign say?",
-        "What is written on the sign?",
-        "Read the sign.",
-        "Which letters are on the sign?",
-        "What is the text on the plate?",
-        "Name the letters on the plate.",
-        "What can be read on the sign?",
-        "Spell the inscription.",
-    ),
-    "which": (
-        "What does the {color} sign say?",
-        "What is written on the {color} sign?",
-        "Read the {color} sign.",
-        "Which letters are on the {color} sign?",
-    ),
-}
-"""By family. read: one sign. which: two signs of different colours; the question names one."""
+from hdpo_jax.data.signs_families import DOTS, QUESTIONS
 
 
 def _require(condition: bool, name: str, found: object, expected: str) -> None:
@@ -57,11 +38,11 @@ class SignsConfig:
 
     cold_start: tuple[ColdStartPhase, ...] = (
         ColdStartPhase(conversations=6_144, tool_share_legible=0.2, tool_share_illegible=0.9),
-        ColdStartPhase(conversations=2_048, tool_share_legible=0.97, tool_share_illegible=0.97, misplaced_share=0.10),
+        ColdStartPhase(conversations=2_048, tool_share_legible=0.975, tool_share_illegible=1.0, misplaced_share=0.10),
     )
     """One file each: the first teaches reading and the tool, the second the reflex of calling it."""
     train_boards: int = 2_048
-    test_boards: int = 512
+    test_boards: int = 1_024
     families: tuple[str, ...] = ("read",)
     letters: str = "AEGMRSTUVWXZ"
     """Capitals that stay apart at 7 px in every font."""
@@ -113,9 +94,16 @@ class SignsConfig:
             room = min((width - margin) / (1.6 * self.length) for width, _ in sizes)
             room = min(room, *(height - margin for _, height in sizes))
             _require(value[1] <= room, name, value, f"at most {room:.1f} px, so that {self.length} letters fit")
-        some = itertools.islice(itertools.product(self.letters, repeat=self.length), 10_000)
-        both = len({is_held_out("".join(text), self) for text in some}) == 2
+        both = all(self._leaves_inscriptions_to_both_sides(family) for family in self.families)
         _require(both, "held_out_share", self.held_out_share, "a share that leaves inscriptions to both sides")
+
+    def alphabet(self, family: str) -> str:
+        """What the inscriptions of a family are made of."""
+        return DOTS if family == "count" else self.letters
+
+    def _leaves_inscriptions_to_both_sides(self, family: str) -> bool:
+        some = itertools.islice(itertools.product(self.alphabet(family), repeat=self.length), 10_000)
+        return len({is_held_out("".join(text), self) for text in some}) == 2
 
 
 def is_held_out(inscription: str, config: SignsConfig) -> bool:

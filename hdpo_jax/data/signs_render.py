@@ -30,6 +30,9 @@ PLATE_COLORS: dict[str, Color] = {
 }
 """Dark, so that a plate of a few policy pixels still stands out from any background."""
 
+DICE = {"1": (4,), "2": (0, 8), "3": (0, 4, 8), "4": (0, 2, 6, 8), "5": (0, 2, 4, 6, 8), "6": (0, 2, 3, 5, 6, 8)}
+"""Where the dots stand in a field of three by three places, counted row by row."""
+
 _CAP_HEIGHT = 0.729  # of the em, in every DejaVu face
 _SMALL_TEXT = 24  # glyphs below this height are drawn at _OVERSAMPLE times the size, then reduced
 _OVERSAMPLE = 8
@@ -79,11 +82,36 @@ def text_mask(text: str, font: str, height: float, shift: tuple[float, float] = 
     return mask if scale == 1 else mask.resize((columns, rows), Image.Resampling.BICUBIC)
 
 
+def dots_mask(counts: str, height: float, rng: np.random.Generator) -> Image.Image:
+    """Coverage of square fields `height` px high with as many dots as the digits say, as on dice, each field turned."""
+    scale = _OVERSAMPLE if height < _SMALL_TEXT else 1
+    pitch = height / 3
+    advance = 4 * pitch  # a field, and a third of one between two
+    columns, rows = round(advance * len(counts) - pitch) + 2, round(height) + 2
+    mask = Image.new("L", (columns * scale, rows * scale))
+    draw = ImageDraw.Draw(mask)
+    for field, count in enumerate(counts):
+        turned = rng.random() < 0.5
+        for place in DICE[count]:
+            place = 3 * (place % 3) + 2 - place // 3 if turned else place  # a quarter turn
+            x = 1 + field * advance + (place % 3 + 0.5) * pitch
+            y = 1 + (place // 3 + 0.5) * pitch
+            box = (x - 0.42 * pitch, y - 0.42 * pitch, x + 0.42 * pitch, y + 0.42 * pitch)
+            draw.ellipse([side * scale for side in box], fill=255)
+    return mask if scale == 1 else mask.resize((columns, rows), Image.Resampling.BICUBIC)
+
+
+def letters_mask(text: str, height: float, rng: np.random.Generator) -> Image.Image:
+    """Coverage of `text` in a random face, off the pixel grid by a random fraction."""
+    return text_mask(text, FONTS[rng.integers(len(FONTS))], height, tuple(rng.uniform(-0.5, 0.5, 2)))
+
+
 def paint_sign(
     image: Image.Image,
     rng: np.random.Generator,
     *,
     text: str,
+    dots: bool,
     color: str,
     center: tuple[int, int],
     height: float,
@@ -93,11 +121,12 @@ def paint_sign(
     """Draws a sign on `image`, moved inward if it would stick out of it.
 
     Args:
-        height: of the capitals, px.
+        text: letters; or, where `dots`, digits that say how many dots each field has.
+        height: of the capitals or fields, px.
         plate: width and height of the plate, px; None fits it to the text.
         contrast: how much brighter than its plate the text is, in grey levels.
     """
-    mask = text_mask(text, FONTS[rng.integers(len(FONTS))], height, tuple(rng.uniform(-0.5, 0.5, 2)))
+    mask = (dots_mask if dots else letters_mask)(text, height, rng)
     if plate is None:
         plate = (mask.width + round(0.45 * height), mask.height + round(0.6 * height))
     width, tall = max(plate[0], mask.width + 4), max(plate[1], mask.height + 4)

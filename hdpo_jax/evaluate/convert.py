@@ -10,7 +10,7 @@ from flax import nnx
 
 from hdpo_jax.algorithm.state import TrainState
 from hdpo_jax.config import Dtype, ModelConfig
-from hdpo_jax.train.checkpoint import Checkpointer, CheckpointError, base_directory, load_metadata, load_params
+from hdpo_jax.train.checkpoint import Checkpointer, SavedRunError, base_directory, load_metadata, load_params
 from models.qwen3_vl import Qwen3VL, load_hf, read_config, save_hf
 from sharding import MeshAxes, make_mesh, param_shardings
 
@@ -18,7 +18,7 @@ from sharding import MeshAxes, make_mesh, param_shardings
 def import_hf(model: Path, checkpoint: Path) -> None:
     """Writes the model of an HF directory to `checkpoint`, laid out as a run directory at step 0.
 
-    Parameters are kept in fp32, which holds bf16 and fp16 exactly. Raises CheckpointError where `checkpoint` holds
+    Parameters are kept in fp32, which holds bf16 and fp16 exactly. Raises SavedRunError where `checkpoint` holds
     one already.
     """
     settings = ModelConfig(path=str(model), param_dtype="float32")
@@ -28,7 +28,7 @@ def import_hf(model: Path, checkpoint: Path) -> None:
     with contextlib.closing(Checkpointer(checkpoint / "checkpoints", keep=1, every=0)) as checkpoints:
         checkpoints.keep_base(model)
         if not checkpoints.save(0, state, {}, metadata, force=True):
-            raise CheckpointError(f"{checkpoint} holds a checkpoint already; choose another folder, or delete it")
+            raise SavedRunError(f"{checkpoint} holds a checkpoint already; choose another folder, or delete it")
         checkpoints.wait()
 
 

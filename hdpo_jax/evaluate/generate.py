@@ -6,18 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from rich.progress import Progress
 
 from hdpo_jax.config import AgentConfig, Dtype, ModelConfig, RolloutConfig, ToolsConfig
-from hdpo_jax.evaluate.messages import Conversation, MessagesError, read_conversations
+from hdpo_jax.evaluate.messages import GivenMessages, encode_given, read_conversations
 from hdpo_jax.files import write_text_atomically
-from hdpo_jax.rollout.agent import Sampler
-from hdpo_jax.tools.protocol import parse_tool_call
+from hdpo_jax.tools.protocol import TOOL_CALL_END, parse_tool_call
 from hdpo_jax.tools.toolbox import ToolBox
 from hdpo_jax.train.policy import Policy, load_policy
-from hdpo_jax.types import Prompt, Trajectory
-from models.qwen3_vl.pixels import load_image
+from hdpo_jax.types import Prompt, ToolCall, Trajectory
 from sharding.mesh import MeshAxes
 
 SLOTS = 16
@@ -42,9 +39,13 @@ def generate_file(
     conversations = read_conversations(messages)
     with ToolBox(tools) if tools else contextlib.nullcontext() as toolbox:
         policy = load_policy(ModelConfig(path=str(model), dtype=dtype), MeshAxes())
-        agent = AgentConfig(max_response_tokens=max_new_tokens, max_calls=10 if tools else 0)
         rollout = _rollout_for(policy, conversations, max_new_tokens, temperature, with_tools=tools is not None)
-        sampler = Sampler(policy.model, policy.processor, toolbox, agent=agent, rollout=rollout, seed=seed)
+        agent = AgentConfig(
+            max_response_tokens=max_new_tokens,
+            max_calls=10 if tools else 0,
+            max_observation_tokens=rollout.observation_shapes[-1][0],
+        )
+        sampler = policy.sampler(toolbox, agent=agent, rollout=rollout, seed=seed)
         prompts = [
             Prompt(
                 id=str(conversation.line),
@@ -55,7 +56,7 @@ def generate_file(
             )
             for conversation in conversations
         ]
-        with jax.set_mesh(policy.mesh), Progress() as progress:
+        with Progress() as progress:
             task = progress.add_task("generate", total=len(prompts))
             trajectories = sampler.sample(
                 policy.params, prompts, samples=1, step=0, on_finished=lambda _: progress.advance(task)
@@ -72,27 +73,30 @@ def _record(trajectory: Trajectory) -> dict[str, Any]:
         "stop_reason": trajectory.stop.value,
         "tool_calls": [
             {"name": call.name, "arguments": dict(call.arguments)} | ({"error": call.error} if call.error else {})
-            for call in (parse_tool_call(turn.text) for turn in trajectory.turns if turn.role == "assistant")
-            if call
+            for turn in trajectory.turns
+            if turn.role == "assistant"
+            for call in _calls(turn.text)
         ],
     }
 
 
+def _calls(text: str) -> list[ToolCall]:
+    """Every call in a turn. Where tools run a turn ends at the first; where none does, several may follow."""
+    pieces = text.split(TOOL_CALL_END)[:-1]
+    return [call for piece in pieces if (call := parse_tool_call(piece + TOOL_CALL_END))]
+
+
 def _rollout_for(
-    policy: Policy, conversations: Sequence[Conversation], new_tokens: int, temperature: float, *, with_tools: bool
+    policy: Policy, conversations: Sequence[GivenMessages], new_tokens: int, temperature: float, *, with_tools: bool
 ) -> RolloutConfig:
     """Static shapes that fit these conversations: the next powers of two, text and images apart."""
     sizes = []
     for conversation in conversations:
-        images = [load_image(image) for image in conversation.images]
-        try:
-            encoded = policy.processor.encode_messages(conversation.messages, images)
-        except ValueError as error:
-            raise MessagesError(f"line {conversation.line}: {error}") from error
+        encoded = encode_given(policy.processor, conversation)
         sizes.append((len(encoded.token_ids), sum(len(image.patches) for image in encoded.images)))
     shapes = {(_power_of_two(tokens), _power_of_two(patches) if patches else 0) for tokens, patches in sizes}
     merge = policy.model.config.vision.spatial_merge_size**2
-    room = _power_of_two(new_tokens)
+    room = _power_of_two(new_tokens)  # an observation takes no more than a whole response
     return RolloutConfig(
         slots=min(SLOTS, len(conversations)),
         capacity=max(tokens for tokens, _ in sizes) + new_tokens,
@@ -100,7 +104,7 @@ def _rollout_for(
         append_rows=min(4, len(conversations)),
         temperature=temperature,
         prompt_shapes=tuple(sorted(shapes)),
-        observation_shapes=((room, 0), (room, merge * room)) if with_tools else ((64, 0),),
+        observation_shapes=((room, 0), (room, merge * room)) if with_tools else ((room, 0),),
     )
 
 

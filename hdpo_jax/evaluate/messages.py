@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from models.qwen3_vl.pixels import image_bytes
+from models.qwen3_vl.pixels import load_image, read_image_file
+from models.qwen3_vl.processing import EncodedPrompt, Processor
 
 
 class MessagesError(ValueError):
@@ -14,15 +15,17 @@ class MessagesError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Conversation:
+class GivenMessages:
     """One line: chat messages, and the image files of their image parts in order."""
 
     line: int
+    place: str
+    """File and line, as errors name them."""
     messages: Sequence[Mapping[str, Any]]
     images: Sequence[bytes]
 
 
-def read_conversations(path: Path | str) -> list[Conversation]:
+def read_conversations(path: Path | str) -> list[GivenMessages]:
     """All conversations of a file; empty lines are passed over. Image paths are relative to where the command runs."""
     path = Path(path)
     if not path.is_file():
@@ -31,17 +34,38 @@ def read_conversations(path: Path | str) -> list[Conversation]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         if not line.strip():
             continue
+        place = f"{path}:{number}"
         try:
-            messages = _checked(json.loads(line))
-            conversations.append(Conversation(line=number, messages=messages, images=_images(messages)))
+            messages = _checked(_record(line))
+            images = _images(messages)
         except ValueError as error:
-            raise MessagesError(f"{path}:{number}: {error}") from error
+            raise MessagesError(f"{place}: {error}") from error
+        conversations.append(GivenMessages(line=number, place=place, messages=messages, images=images))
     if not conversations:
         raise MessagesError(f"{path} holds no conversation; expected JSON lines of {{'messages': […]}}")
     return conversations
 
 
+def encode_given(processor: Processor, given: GivenMessages, *, add_generation_prompt: bool = True) -> EncodedPrompt:
+    """One conversation as the model gets it. Raises MessagesError that names its place."""
+    try:
+        images = [load_image(image) for image in given.images]
+        return processor.encode_messages(given.messages, images, add_generation_prompt=add_generation_prompt)
+    except ValueError as error:
+        raise MessagesError(f"{given.place}: {error}") from error
+
+
+def _record(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        reason = f"{error.msg} at character {error.pos + 1}"
+        raise ValueError(f"not JSON ({reason}); expected {{'messages': […]}}") from error
+
+
 def _checked(record: Any) -> list[dict[str, Any]]:
+    if isinstance(record, dict) and "images" in record:
+        raise ValueError("'images' beside 'messages'; expected them as parts {'type': 'image', 'image'} of a content")
     messages = record.get("messages") if isinstance(record, dict) else None
     if not isinstance(messages, list) or not messages:
         raise ValueError("no 'messages'; expected a list of {'role', 'content'}")
@@ -64,4 +88,4 @@ def _checked(record: Any) -> list[dict[str, Any]]:
 
 def _images(messages: Sequence[Mapping[str, Any]]) -> list[bytes]:
     contents = [message["content"] for message in messages if not isinstance(message["content"], str)]
-    return [image_bytes(part["image"]) for content in contents for part in content if part["type"] == "image"]
+    return [read_image_file(part["image"]) for content in contents for part in content if part["type"] == "image"]

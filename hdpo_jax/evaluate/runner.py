@@ -2,31 +2,37 @@
 
 import contextlib
 import json
+import logging
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import jax
 from flax import nnx
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from hdpo_jax.config import AgentConfig, ConfigError, Dtype, ModelConfig, RolloutConfig, ToolsConfig
+from hdpo_jax.data.dataset import BadRow, BadRowError
 from hdpo_jax.data.prompts import PromptDataset
 from hdpo_jax.evaluate.convert import export_hf
-from hdpo_jax.evaluate.summary import summarise
 from hdpo_jax.files import write_text_atomically
 from hdpo_jax.rewards import score_trajectory
+from hdpo_jax.rewards.outcomes import Outcome, outcome, summarise
 from hdpo_jax.rollout.agent import Sampler
+from hdpo_jax.rollout.prompts import PromptEncoder
 from hdpo_jax.tools.toolbox import ToolBox
 from hdpo_jax.train.dumps import trajectory_record, write_records
 from hdpo_jax.train.policy import load_policy
-from hdpo_jax.types import Prompt, Trajectory
+from hdpo_jax.types import Prompt
 from sharding.mesh import MeshAxes
 
 PROMPTS_AT_A_TIME = 256
-"""Prompts whose images are in memory."""
+"""Prompts whose images, and whose trajectories, are in memory."""
+
+log = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -49,13 +55,16 @@ def evaluate(
     """
     with ToolBox(tools) as toolbox, _model_directory(model, run_dir) as directory:
         policy = load_policy(ModelConfig(path=str(directory), dtype=dtype), MeshAxes())
-        sampler = Sampler(policy.model, policy.processor, toolbox, agent=agent, rollout=rollout, seed=seed)
-        dataset = PromptDataset(data)
-        prompts = [dataset[index] for index in range(min(limit, len(dataset)) if limit else len(dataset))]
-        with jax.set_mesh(policy.mesh):
-            results = evaluate_policy(sampler, policy.params, prompts, output / "trajectories.jsonl", samples=samples)
+        encode = PromptEncoder(policy.processor, rollout)
+        dataset = PromptDataset(data, problem=encode.problem)
+        count = min(limit or len(dataset), len(dataset))
+        rollout = replace(rollout, slots=min(rollout.slots, count * samples))
+        sampler = policy.sampler(toolbox, agent=agent, rollout=rollout, seed=seed, encode=encode)
+        results = evaluate_policy(
+            sampler, policy.params, dataset, output / "trajectories.jsonl", count=count, samples=samples
+        )
     write_text_atomically(output / "results.json", json.dumps(results, indent=2) + "\n")
-    table = Table(title=f"{len(prompts)} prompts, {samples} rollouts each")
+    table = Table(title=f"{count:,} prompts, {samples} rollout{'s' * (samples > 1)} each")
     table.add_column()
     table.add_column("share" if samples == 1 else "mean", justify="right")
     for name, value in results.items():
@@ -73,37 +82,58 @@ def _model_directory(model: Path | None, run_dir: Path | None) -> Iterator[Path]
     if run_dir is None:
         raise ConfigError("expected one of --model and --run-dir")
     with tempfile.TemporaryDirectory(prefix="hdpo-eval-") as folder:
-        export_hf(run_dir, Path(folder) / "hf")
+        # As trained: in the masters' own precision, not in that of the files the run started from.
+        export_hf(run_dir, Path(folder) / "hf", dtype="float32")
         yield Path(folder) / "hf"
 
 
 def evaluate_policy(
     sampler: Sampler,
     params: nnx.State,
-    prompts: Sequence[Prompt],
+    dataset: PromptDataset,
     trajectories_path: Path,
     *,
+    count: int,
     samples: int = 1,
     title: str = "evaluate",
 ) -> dict[str, float]:
-    """Accuracy and tool use over `samples` rollouts a prompt; the trajectories go to `trajectories_path`."""
+    """Accuracy and tool use over `samples` rollouts a prompt; the trajectories go to `trajectories_path`.
+
+    The first `count` prompts. Those that turn out to be unusable are left out and named; DataError where
+    they are more than the data set puts up with.
+    """
+    outcomes: list[Outcome] = []
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    trajectories: list[Trajectory] = []
     with Progress(*columns) as progress:
-        task = progress.add_task(title, total=len(prompts) * samples)
-        for first in range(0, len(prompts), PROMPTS_AT_A_TIME):
-            finished = sampler.sample(
-                params,
-                prompts[first : first + PROMPTS_AT_A_TIME],
-                samples=samples,
-                step=0,
-                first_prompt=first,
-                on_finished=lambda _: progress.advance(task),
-            )
-            for trajectory in finished:
-                trajectory.images = ()  # patches are by far the largest part, and nobody needs them any more
-            trajectories += finished
-    verdicts = [score_trajectory(trajectory) for trajectory in trajectories]
-    judged = zip(trajectories, verdicts, strict=True)
-    write_records(trajectories_path, (trajectory_record(trajectory, verdict, step=0) for trajectory, verdict in judged))
-    return summarise(trajectories, verdicts)
+        task = progress.add_task(title, total=count * samples)
+
+        def records() -> Iterator[Mapping[str, Any]]:
+            bad: list[BadRow] = []
+            for first in range(0, count, PROMPTS_AT_A_TIME):
+                prompts = list(_usable(dataset, range(first, min(first + PROMPTS_AT_A_TIME, count)), bad))
+                finished = sampler.sample(
+                    params,
+                    prompts,
+                    samples=samples,
+                    step=0,
+                    first_prompt=first,
+                    on_finished=lambda _: progress.advance(task),
+                )
+                for trajectory in finished:
+                    verdict = score_trajectory(trajectory)
+                    outcomes.append(outcome(trajectory, verdict))
+                    yield trajectory_record(trajectory, verdict, step=0)
+
+        write_records(trajectories_path, records())
+    return summarise(outcomes)
+
+
+def _usable(dataset: PromptDataset, indices: Iterable[int], bad: list[BadRow]) -> Iterator[Prompt]:
+    """The good ones among these prompts; `bad` grows by the others."""
+    for index in indices:
+        try:
+            yield dataset[index]
+        except BadRowError as error:
+            log.warning("skipped %s", error)
+            bad.append(error.bad)
+            dataset.report.with_more(bad).check(dataset.max_bad_rows)

@@ -14,13 +14,12 @@ from rich.console import Console
 from rich.progress import Progress
 
 from hdpo_jax.config import Dtype, ModelConfig
-from hdpo_jax.evaluate.messages import Conversation, MessagesError, read_conversations
+from hdpo_jax.evaluate.messages import encode_given, read_conversations
 from hdpo_jax.files import replacing
 from hdpo_jax.train.policy import load_policy
 from models.logprobs import token_logprobs
 from models.qwen3_vl import PackedImages, Qwen3VLConfig
 from models.qwen3_vl.images import feature_indices, mrope_positions, pack_images
-from models.qwen3_vl.pixels import load_image
 from models.qwen3_vl.processing import EncodedPrompt, Processor
 from sharding import MeshAxes, shard_batch
 
@@ -58,7 +57,11 @@ def score_file(
     processor = Processor.from_hf(model)
     policy = load_policy(ModelConfig(path=str(model), dtype=dtype, param_dtype=dtype), MeshAxes())
     rows = min(ROWS, len(conversations))
-    encoded = _encode(processor, conversations, messages, add_generation_prompt)
+    # One at a time: the patches of all images of a file may not fit the host's memory.
+    encoded = (
+        (index, encode_given(processor, given, add_generation_prompt=add_generation_prompt))
+        for index, given in enumerate(conversations)
+    )
     arrays: dict[str, np.ndarray] = {}
     with jax.set_mesh(policy.mesh), Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("score", total=len(conversations))
@@ -114,21 +117,6 @@ def pack_rows(
 def _blank(*shape: int) -> Any:
     """A NumPy array to fill, in the place of the device array that it becomes."""
     return np.zeros(shape, np.int32)
-
-
-def _encode(
-    processor: Processor, conversations: Sequence[Conversation], path: Path, add_generation_prompt: bool
-) -> Iterator[tuple[int, EncodedPrompt]]:
-    """One at a time: the patches of all images of a file may not fit the host's memory."""
-    for index, conversation in enumerate(conversations):
-        try:
-            images = [load_image(image) for image in conversation.images]
-            prompt = processor.encode_messages(
-                conversation.messages, images, add_generation_prompt=add_generation_prompt
-            )
-        except ValueError as error:
-            raise MessagesError(f"{path}:{conversation.line}: {error}") from error
-        yield index, prompt
 
 
 def _batches(

@@ -77,9 +77,3 @@ def score_response(
 def score_trajectory(trajectory: "Trajectory", verifiers: Sequence[Verifier] = RULES) -> Verdict:
     """The rewards of a rollout: its assistant turns are judged, its tool turns are not read."""
     return score_response(trajectory.response_text, trajectory.prompt.ground_truth, trajectory.calls, verifiers)
-
-
-def accuracy_reward(text: str, ground_truth: str | Sequence[str]) -> tuple[float, bool]:
-    """`0.9 answer + 0.1 format` by the rules alone, and whether the answer is right."""
-    verdict = score_response(text, ground_truth, calls=0)
-    return verdict.accuracy, verdict.correct

@@ -10,21 +10,21 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Int
 
-from hdpo_jax.config import AgentConfig, RolloutConfig
-from hdpo_jax.rollout.engine import Admission, Chunk, Extension, Programs, make_programs
+from hdpo_jax.config import AgentConfig, ConfigError, RolloutConfig, require_observations_fit
 from hdpo_jax.rollout.prompts import PromptEncoder, Question, count_patches, shape_for
+from hdpo_jax.rollout.slots import Slots, nobody_admitted, nothing_added
 from hdpo_jax.tools.protocol import parse_tool_call
 from hdpo_jax.tools.toolbox import Session, ToolBox
 from hdpo_jax.types import Observation, Prompt, StopReason, ToolCall, Trajectory, Turn
-from models.qwen3_vl import EncodedImage, KVCache, PackedImages, Qwen3VL
-from models.qwen3_vl.images import feature_indices, mrope_positions, pack_images
+from models.qwen3_vl import EncodedImage, KVCache, Qwen3VL
+from models.qwen3_vl.images import mrope_positions
 from models.qwen3_vl.processing import Processor
 
 ENCODERS = 2
@@ -82,7 +82,7 @@ class RolloutStats:
 
 
 class Sampler:
-    """Samples trajectories from a policy whose parameters are given at each call.
+    """Samples trajectories from a policy whose parameters are given at each call, on the mesh that they live on.
 
     Without a toolbox a `</tool_call>` does not stop a turn and nothing is executed.
     """
@@ -93,28 +93,29 @@ class Sampler:
         processor: Processor,
         toolbox: ToolBox | None,
         *,
+        mesh: Mesh,
         agent: AgentConfig,
         rollout: RolloutConfig,
         seed: int,
         encode: PromptEncoder | None = None,
     ):
-        self._encode = encode or PromptEncoder(processor, rollout)
+        require_observations_fit(agent, rollout)
+        least = len(processor.close_turn) + len(processor.observation_turn("").token_ids)
+        if toolbox and agent.max_observation_tokens < least:
+            raise ConfigError(
+                f"agent.max_observation_tokens is {agent.max_observation_tokens}; expected at least {least}, "
+                "which an empty observation takes"
+            )
         self._processor = processor
         self._toolbox = toolbox
+        self._mesh = mesh
         self._agent = agent
         self._config = rollout
+        self._encode = encode or PromptEncoder(processor, rollout)
         stop_ids = list(processor.stop_ids) + ([processor.tool_call_end_id] if toolbox else [])
-        graphdef, _ = nnx.split(model)
-        self._programs: Programs = make_programs(
-            graphdef,
-            model.config,
-            rollout,
-            seed=seed,
-            stop_ids=stop_ids,
-            forbidden=processor.forbidden,
-            dtype=model.dtype,
-        )
-        self._state = self._programs.empty_state()
+        # Inside the mesh, or the whole cache would lie on its first device.
+        with jax.set_mesh(mesh):
+            self._slots = Slots(model, processor, rollout, seed=seed, stop_ids=stop_ids)
         self.stats = RolloutStats()
 
     def sample(
@@ -132,35 +133,30 @@ class Sampler:
         `step` and `first_prompt` number this call's trajectories in the run: the same numbers give the same
         randomness. `on_finished` hears of each trajectory as it ends.
         """
-        run = _Run(self, params, prompts, samples, step, first_prompt, on_finished)
-        with ThreadPoolExecutor(run.workers, thread_name_prefix="tool") as pool:
+        run = _Run(
+            self._slots,
+            self._processor,
+            self._toolbox,
+            agent=self._agent,
+            config=self._config,
+            encode=self._encode,
+            params=params,
+            prompts=prompts,
+            samples=samples,
+            identity=(step, first_prompt),
+            on_finished=on_finished,
+        )
+        with jax.set_mesh(self._mesh):
             try:
-                return run.to_the_end(pool)
+                return run.to_the_end()
             finally:
                 self.stats = run.stats
                 run.close()
 
     def warm_up(self, params: nnx.State) -> None:
         """Compiles every program for every static shape, so that nothing compiles later."""
-        # Twice: the state that a program returns may be laid out in another way than the empty one.
-        for _ in range(2):
-            self._run_every_program(params)
-
-    def _run_every_program(self, params: nnx.State) -> None:
-        config, processor = self._config, self._processor
-        nobody = np.full(config.slots, -1, np.int32)
-        for tokens, patches in config.prompt_shapes:
-            ids = np.zeros((config.prefill_rows, tokens), np.int32)
-            images = _packed(processor, [()] * config.prefill_rows, ids, patches)
-            prompts = self._programs.prefill(params, ids, np.zeros((*ids.shape, 3), np.int32), images)
-            self._state = self._programs.fork(self._state, prompts, _admission(nobody))
-        for tokens, patches in config.observation_shapes:
-            extension = _extension(config.append_rows, tokens, config.slots)
-            images = _packed(processor, [()] * config.append_rows, extension.token_ids, patches)
-            self._state = self._programs.append(params, self._state, extension, images)
-        self._state, chunk = self._programs.decode(params, self._state)
-        self._state = self._programs.release(self._state)
-        jax.block_until_ready(chunk)
+        with jax.set_mesh(self._mesh):
+            self._slots.warm_up(params)
 
 
 class _Run:
@@ -168,26 +164,35 @@ class _Run:
 
     def __init__(
         self,
-        sampler: Sampler,
+        slots: Slots,
+        processor: Processor,
+        toolbox: ToolBox | None,
+        *,
+        agent: AgentConfig,
+        config: RolloutConfig,
+        encode: PromptEncoder,
         params: nnx.State,
         prompts: Sequence[Prompt],
         samples: int,
-        step: int,
-        first_prompt: int,
+        identity: tuple[int, int],
         on_finished: Callable[[Trajectory], None] | None,
     ):
-        self._sampler = sampler
+        self._slots = slots
+        self._processor = processor
+        self._toolbox = toolbox
+        self._agent = agent
+        self._config = config
+        self._encode = encode
         self._params = params
         self._prompts = prompts
         self._samples = samples
-        self._step = step
-        self._first_prompt = first_prompt
+        self._step, self._first_prompt = identity
         self._on_finished = on_finished
-        self._config = sampler._config
-        self._agent = sampler._agent
-        self._processor = sampler._processor
-        self._programs = sampler._programs
-        self._to_prefill: deque[int] = deque(range(len(prompts)))
+        # Two pools: a prompt that is to fill a slot does not wait in line behind tool calls.
+        self._tools = ThreadPoolExecutor(toolbox.workers if toolbox else 1, thread_name_prefix="tool")
+        self._encoders = ThreadPoolExecutor(ENCODERS, thread_name_prefix="encode")
+        self._to_encode: deque[int] = deque(range(len(prompts)))
+        self._encoding: deque[tuple[int, Future[Question]]] = deque()
         self._encoded: list[tuple[int, Question]] = []
         self._prefilled: KVCache | None = None
         self._to_fork: deque[tuple[int, int, Question, int]] = deque()
@@ -199,42 +204,53 @@ class _Run:
         self._finished: list[Trajectory] = []
         self.stats = RolloutStats()
 
-    @property
-    def workers(self) -> int:
-        toolbox = self._sampler._toolbox
-        return toolbox.workers if toolbox else ENCODERS
-
-    def to_the_end(self, pool: ThreadPoolExecutor) -> list[Trajectory]:
-        while self._to_prefill or self._encoded or self._to_fork or self._live:
+    def to_the_end(self) -> list[Trajectory]:
+        while self._has_prompts or self._to_fork or self._live:
             self._collect_answers()
-            self._admit(pool)
+            self._admit()
             self._gather_answers()
             self._append()
             if self._decoding:
-                self._decode(pool)
+                self._decode()
         return sorted(self._finished, key=lambda trajectory: (trajectory.group, trajectory.sample))
 
     def close(self) -> None:
-        """Frees what an interrupted run still holds."""
+        """Ends both pools, and frees what an interrupted run still holds."""
+        self._tools.shutdown(wait=False, cancel_futures=True)
         for live in self._live.values():
             if live.session:
                 live.session.close()
+        self._tools.shutdown()
+        self._encoders.shutdown(cancel_futures=True)
         if self._live:
-            self._sampler._state = self._programs.release(self._sampler._state)
+            self._slots.release()
 
     # Prompts into slots
 
-    def _admit(self, pool: ThreadPoolExecutor) -> None:
-        while self._free and (self._to_fork or self._encoded or self._to_prefill):
+    @property
+    def _has_prompts(self) -> bool:
+        return bool(self._to_encode or self._encoding or self._encoded)
+
+    def _encode_ahead(self) -> None:
+        """Keeps prompts for two prefills on their way: the next ones are ready when slots come free."""
+        while self._to_encode and len(self._encoding) < 2 * self._config.prefill_rows:
+            group = self._to_encode.popleft()
+            self._encoding.append((group, self._encoders.submit(self._encode, self._prompts[group])))
+
+    def _admit(self) -> None:
+        self._encode_ahead()
+        while self._free and (self._to_fork or self._has_prompts):
             if not self._to_fork:
-                self._prefill(pool)
+                self._prefill()
             self._fork()
 
-    def _prefill(self, pool: ThreadPoolExecutor) -> None:
+    def _prefill(self) -> None:
         started = time.perf_counter()
         rows = self._config.prefill_rows
-        more = min(rows - len(self._encoded), len(self._to_prefill))
-        self._encoded.extend(pool.map(self._encode, [self._to_prefill.popleft() for _ in range(more)]))
+        while self._encoding and len(self._encoded) < rows:
+            group, question = self._encoding.popleft()
+            self._encoded.append((group, question.result()))
+        self._encode_ahead()
         tokens, patches = shape = self._encoded[0][1].shape
         # Prompts of the first one's shape; the others wait for their turn.
         chosen = [(group, question) for group, question in self._encoded if question.shape == shape]
@@ -245,17 +261,14 @@ class _Run:
             held = len(question.token_ids) - 1
             token_ids[row, :held] = question.token_ids[:-1]
             positions[row, :held] = question.positions[:-1]
-        images = _packed(self._processor, [question.images for _, question in chosen], token_ids, patches)
-        self._prefilled = self._programs.prefill(self._params, token_ids, positions, images)
+        images = [question.images for _, question in chosen]
+        self._prefilled = self._slots.prefill(self._params, token_ids, positions, images, patches)
         for row, (group, question) in enumerate(chosen):
             self._to_fork.extend((row, group, question, sample) for sample in range(self._samples))
         self.stats.prefill_seconds += time.perf_counter() - started
 
-    def _encode(self, group: int) -> tuple[int, Question]:
-        return group, self._sampler._encode(self._prompts[group])
-
     def _fork(self) -> None:
-        admission = _admission(np.full(self._config.slots, -1, np.int32))
+        admission = nobody_admitted(self._config.slots)
         for _ in range(min(len(self._free), len(self._to_fork))):
             slot = self._free.pop()
             row, group, question, sample = self._to_fork.popleft()
@@ -283,14 +296,13 @@ class _Run:
             )
             self._decoding.add(slot)
         assert self._prefilled is not None
-        self._sampler._state = self._programs.fork(self._sampler._state, self._prefilled, admission)
+        self._slots.fork(self._prefilled, admission)
 
     # Generation
 
-    def _decode(self, pool: ThreadPoolExecutor) -> None:
+    def _decode(self) -> None:
         started = time.perf_counter()
-        self._sampler._state, chunk = self._programs.decode(self._params, self._sampler._state)
-        chunk = Chunk(*jax.device_get(chunk))
+        chunk = self._slots.decode(self._params)
         self.stats.decode_seconds += time.perf_counter() - started
         counts = (chunk.tokens >= 0).sum(axis=1)
         self.stats.decode_steps += int(counts.max())
@@ -303,9 +315,9 @@ class _Run:
             live.sampled.extend([True] * int(count))
             if not chunk.active[slot]:
                 self._decoding.discard(slot)
-                self._end_turn(live, pool)
+                self._end_turn(live)
 
-    def _end_turn(self, live: _Live, pool: ThreadPoolExecutor) -> None:
+    def _end_turn(self, live: _Live) -> None:
         last = live.token_ids[-1]
         text = self._processor.decode(live.token_ids[live.turn_start :])
         live.turns.append(Turn(role="assistant", text=text))
@@ -316,21 +328,18 @@ class _Run:
         elif live.calls >= self._agent.max_calls:
             self._finish(live, StopReason.CALL_LIMIT)
         else:
+            assert self._toolbox is not None  # without one, nothing ends at a call
             live.calls += 1
+            live.session = live.session or self._toolbox.session(live.question.prompt.images)
             call = parse_tool_call(text) or ToolCall(
                 name="", arguments={}, error="there is a </tool_call> but no <tool_call> before it"
             )
-            self._calls[pool.submit(self._run_call, live, call)] = live
+            self._calls[self._tools.submit(self._run_call, live.session, call)] = live
 
     # Tools
 
-    def _run_call(self, live: _Live, call: ToolCall) -> _Answer:
-        toolbox = self._sampler._toolbox
-        assert toolbox is not None
-        if live.session is None:
-            live.session = toolbox.session(live.question.prompt.images)
-        observation = live.session.call(call)
-        return self._answer(observation)
+    def _run_call(self, session: Session, call: ToolCall) -> _Answer:
+        return self._answer(session.call(call))
 
     def _answer(self, observation: Observation) -> _Answer:
         """The observation as the model gets it; an image of a shape that it can not take is named and left out."""
@@ -371,15 +380,15 @@ class _Run:
                 self._observe(live, answer)
 
     def _observe(self, live: _Live, answer: _Answer) -> None:
-        turn, kept = self._processor.observation_turn(
-            answer.observation.text, answer.images, self._agent.max_observation_tokens
-        )
-        ids = np.concatenate([self._processor.close_turn, turn])
+        closing = self._processor.close_turn
+        room = self._agent.max_observation_tokens - len(closing)
+        turn, kept, said = self._processor.observation_turn(answer.observation.text, answer.images, room)
+        ids = np.concatenate([closing, turn])
         images = answer.images[:kept]
         shown = tuple(answer.observation.images)[:kept]
         shape = shape_for(self._config.observation_shapes, len(ids), count_patches(images))
         if shape and live.length + len(ids) < live.limit:
-            live.turns.append(Turn(role="tool", text=answer.observation.text, images=shown))
+            live.turns.append(Turn(role="tool", text=said, images=shown))
             self._to_append[shape].append((live, ids, images))
         else:
             self._finish(live, StopReason.TOKEN_BUDGET)
@@ -393,7 +402,7 @@ class _Run:
         self.stats.append_seconds += time.perf_counter() - started
 
     def _append_batch(self, batch: Sequence[_Pending], tokens: int, patches: int) -> None:
-        extension = _extension(self._config.append_rows, tokens, self._config.slots)
+        extension = nothing_added(self._config.append_rows, tokens, self._config.slots)
         for row, (live, ids, images) in enumerate(batch):
             count = len(ids)
             start = live.length + live.offset
@@ -413,9 +422,7 @@ class _Run:
             live.turn_start = live.length
             extension.offset[row] = live.offset
             self._decoding.add(live.slot)
-        rows = [images for _, _, images in batch]
-        packed = _packed(self._processor, rows, extension.token_ids, patches)
-        self._sampler._state = self._programs.append(self._params, self._sampler._state, extension, packed)
+        self._slots.append(self._params, extension, [images for _, _, images in batch], patches)
 
     def _finish(self, live: _Live, stop: StopReason) -> None:
         if live.session:
@@ -439,31 +446,3 @@ class _Run:
         self._finished.append(trajectory)
         if self._on_finished:
             self._on_finished(trajectory)
-
-
-def _packed(
-    processor: Processor,
-    rows: Sequence[Sequence[EncodedImage]],
-    token_ids: Any,
-    patches: int,
-) -> PackedImages | None:
-    """Images for a padded batch, placed at the rows' placeholder tokens; None where the shape has no room for any."""
-    if not patches:
-        return None
-    padded = [*rows, *[()] * (len(token_ids) - len(rows))]
-    index = np.stack([feature_indices(ids, processor.config.image_token_id) for ids in token_ids])
-    return pack_images(processor.config, padded, index, patches)
-
-
-def _admission(source: Int[np.ndarray, " slots"]) -> Admission:
-    """An admission to fill in: NumPy arrays, which programs take as they take JAX's."""
-    slots = len(source)
-    arrays: list[Any] = [source, *(np.zeros(slots, np.int32) for _ in range(4)), np.zeros((slots, 3), np.int32)]
-    return Admission(*arrays)
-
-
-def _extension(rows: int, tokens: int, slots: int) -> Extension:
-    """An extension to fill in, all its rows padding."""
-    nobody, ids, positions = np.full(rows, slots, np.int32), np.zeros((rows, tokens), np.int32), (rows, tokens, 3)
-    arrays: list[Any] = [nobody, ids, np.zeros(positions, np.int32), *(np.zeros(rows, np.int32) for _ in range(3))]
-    return Extension(*arrays)

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Int
 
 from hdpo_jax.config import RolloutConfig
+from hdpo_jax.data.kept import Kept
 from hdpo_jax.types import Prompt
 from models.qwen3_vl import EncodedImage
 from models.qwen3_vl.images import mrope_positions
@@ -40,19 +41,11 @@ class PromptEncoder:
     def __init__(self, processor: Processor, config: RolloutConfig, *, cache_mb: int = 0):
         self._processor = processor
         self._config = config
-        self._room = cache_mb * 2**20
-        self._kept: dict[str, Question] = {}
+        self._kept: Kept[Question] = Kept(cache_mb)
 
     def __call__(self, prompt: Prompt) -> Question:
         """Raises PromptTooLong where no static shape holds the prompt."""
-        kept = self._kept.get(prompt.id)
-        if kept is not None:
-            return kept
-        question = self._encode(prompt)
-        if question.nbytes <= self._room:
-            self._room -= question.nbytes
-            self._kept[prompt.id] = question
-        return question
+        return self._kept.get(prompt.id, lambda: self._encode(prompt))
 
     def problem(self, prompt: Prompt) -> str | None:
         """Why the prompt can not be sampled, in words; None where it can."""

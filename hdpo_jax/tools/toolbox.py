@@ -1,6 +1,7 @@
 """The tools of a run, and a trajectory's view of them."""
 
 import logging
+import threading
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 
@@ -67,6 +68,8 @@ class Session:
         self._tools = tools
         self._images = images
         self._open: dict[str, ToolSession] = {}
+        self._closed = False
+        self._lock = threading.Lock()
 
     def call(self, call: ToolCall) -> Observation:
         """Answers any call: malformed ones, unknown tools and wrong arguments by a text that says what is wrong."""
@@ -79,10 +82,15 @@ class Session:
         problem = argument_error(tool.schema, call.arguments)
         if problem is not None:
             return Observation(text=problem, ok=False)
-        if call.name not in self._open:
-            self._open[call.name] = tool.open(self._images)
+        # A call may still stand in line when its trajectory is given up: it must not start a kernel for nobody.
+        with self._lock:
+            if self._closed:
+                return Observation(text="The trajectory has ended.", ok=False, lost=True)
+            if call.name not in self._open:
+                self._open[call.name] = tool.open(self._images)
+            session = self._open[call.name]
         try:
-            return self._open[call.name].call(call.arguments)
+            return session.call(call.arguments)
         except Exception:
             # Not the policy's fault: the rollout is dropped, the run goes on, the log has the traceback.
             logger.exception("the %s tool failed", call.name)
@@ -90,9 +98,11 @@ class Session:
 
     def close(self) -> None:
         """Frees what the trajectory's tools hold, and ends every process that its code started."""
-        for session in self._open.values():
-            session.close()
-        self._open.clear()
+        with self._lock:
+            self._closed = True
+            for session in self._open.values():
+                session.close()
+            self._open.clear()
 
     def __enter__(self) -> "Session":
         return self

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 class RowBatcher:
     """Packs mini-batches into arrays [mini, micro, rows, …] whose shape stays the same from batch to batch.
 
-    Only the micro-batches in use are computed, so room to spare costs host memory alone. Where
+    Only the micro-batches in use are computed: room to spare costs memory (patches above all), not time. Where
     `train.max_rows` is 0 the first batch sets the room; a batch that needs more enlarges it, at the price of
     one compilation.
     """

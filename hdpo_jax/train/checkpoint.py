@@ -3,7 +3,6 @@
 import fnmatch
 import json
 import signal
-import threading
 from collections.abc import Mapping
 from types import FrameType
 from typing import Any
@@ -24,7 +23,7 @@ WEIGHTS = ("*.safetensors", "*.bin", "*.safetensors.index.json", "*.bin.index.js
 Json = Mapping[str, Any]
 
 
-class CheckpointError(ValueError):
+class SavedRunError(ValueError):
     """A checkpoint is missing, or is not of this model; the message says what was found and what was expected."""
 
 
@@ -60,7 +59,7 @@ class Checkpointer:
         """The newest checkpoint's (step, state, this process's data state); None where there is none.
 
         `abstract_state` gives shapes, dtypes and shardings; the mesh may be another one than at the time of saving.
-        Raises CheckpointError where the checkpoint holds another model, optimizer or number of processes.
+        Raises SavedRunError where the checkpoint holds another model, optimizer or number of processes.
         """
         step = self._manager.latest_step()
         if step is None:
@@ -77,7 +76,7 @@ class Checkpointer:
         items = self._manager.restore(step, args=wanted)
         states = items["data"]["processes"]
         if len(states) != jax.process_count():
-            raise CheckpointError(
+            raise SavedRunError(
                 f"{folder} holds the data position of {len(states)} processes; expected {jax.process_count()}: "
                 "resume on as many hosts, or no prompt order would be kept"
             )
@@ -118,7 +117,7 @@ def find_checkpoint(directory: epath.PathLike) -> epath.Path:
         if folder.is_dir() and (steps := ocp.utils.checkpoint_steps(folder)):
             return (folder / str(max(steps))).absolute()
     found = "nothing" if not given.exists() else "no checkpoint" if given.is_dir() else "a file"
-    raise CheckpointError(
+    raise SavedRunError(
         f"{directory} holds {found}; expected a run directory, its checkpoints folder, or one step's folder in there"
     )
 
@@ -127,7 +126,7 @@ def base_directory(directory: epath.PathLike) -> epath.Path:
     """The folder with the config, tokenizer and processor files that the run of a checkpoint kept."""
     base = find_checkpoint(directory).parent.parent / BASE
     if not base.is_dir():
-        raise CheckpointError(f"{base} is missing; expected the config and tokenizer files that a run keeps there")
+        raise SavedRunError(f"{base} is missing; expected the config and tokenizer files that a run keeps there")
     return base
 
 
@@ -151,12 +150,13 @@ class StopSignal:
     """
 
     def __init__(self):
-        self._event = threading.Event()
+        self.number = 0
+        """The signal that came; 0: none."""
         self._previous: dict[signal.Signals, Any] = {}
 
     @property
     def requested(self) -> bool:
-        return self._event.is_set()
+        return self.number != 0
 
     def __enter__(self) -> "StopSignal":
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -170,7 +170,7 @@ class StopSignal:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.requested:
             raise KeyboardInterrupt
-        self._event.set()
+        self.number = number
 
 
 def _named(tree: PyTree) -> dict[str, Any]:
@@ -186,7 +186,7 @@ def _unnamed(named: Mapping[str, Any], like: PyTree) -> PyTree:
 
 
 def _matching(folder: epath.Path, tree: PyTree) -> dict[str, jax.ShapeDtypeStruct]:
-    """What to restore; CheckpointError where the checkpoint's arrays have other names, shapes or dtypes."""
+    """What to restore; SavedRunError where the checkpoint's arrays have other names, shapes or dtypes."""
     target = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
         for name, leaf in _named(tree).items()
@@ -197,7 +197,7 @@ def _matching(folder: epath.Path, tree: PyTree) -> dict[str, jax.ShapeDtypeStruc
     different = sorted(name for name in expected.keys() | saved.keys() if expected.get(name) != saved.get(name))
     if different:
         name = different[0]
-        raise CheckpointError(
+        raise SavedRunError(
             f"{folder} holds {_describe(saved.get(name))} for {name}; expected {_describe(expected.get(name))} "
             f"({len(different)} arrays differ): the run was saved with another model or optimizer"
         )

@@ -17,6 +17,7 @@ from hdpo_jax.algorithm.state import TrainState, abstract_state, init_state
 from hdpo_jax.config import RLConfig, SFTConfig
 from hdpo_jax.data.dataset import Dataset, Example
 from hdpo_jax.data.pipeline import Batches, batches
+from hdpo_jax.errors import Stopped
 from hdpo_jax.files import write_text_atomically
 from hdpo_jax.train.checkpoint import Checkpointer, StopSignal
 from hdpo_jax.train.compilations import CompilationCounter
@@ -37,10 +38,19 @@ class RunResult:
 
     steps: int
     """Steps done in all, those before a resume included."""
-    finished: bool
-    """False: told to stop; the same command goes on from here."""
+    stopped_by: int
+    """The signal that told it to stop, be it in the last step; 0: none, and all steps are done."""
     seconds: float
     compilations_after_warmup: int
+    """Programs compiled by steps after the first."""
+
+    def require_finished(self, output: str) -> None:
+        """Raises Stopped where the run in `output` was told to stop."""
+        if self.stopped_by:
+            raise Stopped(
+                f"stopped at step {self.steps} of {output}, which is saved; the same command goes on from there",
+                self.stopped_by,
+            )
 
 
 def host_batches(dataset: Dataset[ExampleT], size: int, config: SFTConfig | RLConfig) -> Batches[ExampleT]:
@@ -72,12 +82,13 @@ def train(
     started = time.perf_counter()
     compilations = CompilationCounter()
     run_dir = Path(config.output)
-    _remember_config(run_dir, config)
+    run_dir.mkdir(parents=True, exist_ok=True)
     settings = config.train
     metadata = {"config": dataclasses.asdict(config)}
-    compiled = 0
+    recompiled = 0
 
     with (
+        contextlib.closing(data),
         contextlib.closing(
             Checkpointer(run_dir / "checkpoints", settings.keep_checkpoints, settings.checkpoint_every)
         ) as checkpoints,
@@ -89,34 +100,40 @@ def train(
         if restored:
             done, state, data_state = restored
             data.set_state(data_state)
+            # A fresh run donates these to its first step; here they would stay beside the restored ones.
+            jax.tree.map(lambda array: array.delete(), policy.params)
         else:
             done, state = 0, init_state(policy.params, optimizer)
+        _remember_config(run_dir, config)
+        if done >= settings.steps:
+            log.warning("%s is at step %d of %d already: nothing is left to do", run_dir, done, settings.steps)
 
-        with MetricsLog(run_dir, steps=settings.steps, restored_step=done, title=title, figures=figures) as log:
+        with MetricsLog(run_dir, steps=settings.steps, restored_step=done, title=title, figures=figures) as metrics_log:
             first, listed = done + 1, 0
             while done < settings.steps and not stop.requested:
                 batch_started = time.perf_counter()
                 batch = next(data)
                 waited = time.perf_counter() - batch_started
                 done += 1
+                known = compilations.count
                 state, metrics = step(state, batch, done)
+                if done > first:  # saving compiles too, once, where arrays are spread over devices: not counted
+                    recompiled += compilations.count - known
                 listed = _list_bad_rows(run_dir, data, listed)
                 metrics = dict(metrics) | {
                     "data/bad_rows": listed,
                     "time/data": waited,
                     "time/step": time.perf_counter() - batch_started,
                 }
-                log.write(done, metrics)
-                if done == first:
-                    compiled = compilations.count
+                metrics_log.write(done, metrics)
                 last = done == settings.steps or stop.requested
                 checkpoints.save(done, state, data.get_state(), metadata, force=last)
         checkpoints.wait()
     return RunResult(
         steps=done,
-        finished=done >= settings.steps,
+        stopped_by=stop.number,
         seconds=time.perf_counter() - started,
-        compilations_after_warmup=compilations.count - compiled if done >= first else 0,
+        compilations_after_warmup=recompiled,
     )
 
 
@@ -131,5 +148,19 @@ def _list_bad_rows(run_dir: Path, data: Batches[Any], listed: int) -> int:
 
 
 def _remember_config(run_dir: Path, config: SFTConfig | RLConfig) -> None:
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_text_atomically(run_dir / "config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    """Writes config.json; says which settings are others than those of the run so far."""
+    file, now = run_dir / "config.json", json.loads(json.dumps(dataclasses.asdict(config)))
+    if file.exists():
+        before = _flat(json.loads(file.read_text(encoding="utf-8")))
+        for name, value in _flat(now).items():
+            if name in before and before[name] != value:
+                log.warning("going on with %s %r; it was %r so far", name, value, before[name])
+    write_text_atomically(file, json.dumps(now, indent=2) + "\n")
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name, as flags name them."""
+    flat = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat

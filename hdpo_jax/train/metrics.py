@@ -108,9 +108,11 @@ class _Display:
     """A bar with the time left and a few figures; plain lines now and then where the output is not a terminal."""
 
     def __init__(self, title: str, steps: int, start: int, figures: Mapping[str, str], console: Console):
-        self._title, self._steps, self._start, self._figures, self._console = title, steps, start, figures, console
+        self._title, self._steps, self._figures, self._console = title, steps, figures, console
         self._started = time.monotonic()
         self._last_line = -math.inf
+        self._warm: tuple[int, float] | None = None
+        """The first step, and when it was done: it compiled, and says nothing of how long the others take."""
         self._progress = None
         if console.is_terminal:
             columns = (
@@ -130,15 +132,20 @@ class _Display:
             self._progress.update(self._task, completed=step, figures=figures)
             return
         now = time.monotonic()
+        self._warm = self._warm or (step, now)
         if step < self._steps and now - self._last_line < PLAIN_SECONDS:
             return
         self._last_line = now
-        done = max(step - self._start, 1)
-        left = (now - self._started) / done * (self._steps - step)
-        ending = f"{_clock(left)} left" if step < self._steps else f"took {_clock(now - self._started)}"
+        ending = f"took {_clock(now - self._started)}" if step >= self._steps else self._left(step, now)
         self._console.print(
             f"{self._title} {step}/{self._steps}  {figures}  {ending}", highlight=False, markup=False, soft_wrap=True
         )
+
+    def _left(self, step: int, now: float) -> str:
+        if self._warm is None or step <= self._warm[0]:
+            return "compiled"
+        first, since = self._warm
+        return f"{_clock((now - since) / (step - first) * (self._steps - step))} left"
 
     def close(self) -> None:
         if self._progress is not None:

@@ -10,7 +10,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from hdpo_jax.config import ConfigError, ModelConfig
+from hdpo_jax.config import AgentConfig, ConfigError, ModelConfig, RolloutConfig
+from hdpo_jax.rollout.agent import Sampler
+from hdpo_jax.rollout.prompts import PromptEncoder
+from hdpo_jax.tools.toolbox import ToolBox
 from models.qwen3_vl import Qwen3VL, load_hf
 from models.qwen3_vl.processing import Processor
 from sharding import multihost
@@ -27,6 +30,27 @@ class Policy:
     params: nnx.State
     processor: Processor
     mesh: Mesh
+
+    def sampler(
+        self,
+        toolbox: ToolBox | None,
+        *,
+        agent: AgentConfig,
+        rollout: RolloutConfig,
+        seed: int,
+        encode: PromptEncoder | None = None,
+    ) -> Sampler:
+        """What samples from this policy, on its mesh."""
+        return Sampler(
+            self.model,
+            self.processor,
+            toolbox,
+            mesh=self.mesh,
+            agent=agent,
+            rollout=rollout,
+            seed=seed,
+            encode=encode,
+        )
 
 
 def load_policy(config: ModelConfig, axes: MeshAxes, devices: Sequence[Any] | None = None) -> Policy:

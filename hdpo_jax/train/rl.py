@@ -11,9 +11,9 @@ from hdpo_jax.algorithm.state import TrainState, abstract_state, state_shardings
 from hdpo_jax.algorithm.update import UpdateBatch, make_update
 from hdpo_jax.config import RLConfig
 from hdpo_jax.data.prompts import PromptDataset
-from hdpo_jax.evaluate.summary import summarise
 from hdpo_jax.rewards import Verdict, score_trajectory
-from hdpo_jax.rollout.agent import RolloutStats, Sampler
+from hdpo_jax.rewards.outcomes import outcome, summarise
+from hdpo_jax.rollout.agent import RolloutStats
 from hdpo_jax.rollout.packing import group_family, padding_share
 from hdpo_jax.rollout.prompts import PromptEncoder
 from hdpo_jax.tools.toolbox import ToolBox
@@ -34,14 +34,8 @@ def train_rl(config: RLConfig, *, title: str = "hdpo") -> RunResult:
     with ToolBox(config.tools) as toolbox:
         policy = load_policy(config.model, config.mesh)
         encode = PromptEncoder(policy.processor, config.rollout, cache_mb=config.data.cache_mb)
-        sampler = Sampler(
-            policy.model,
-            policy.processor,
-            toolbox,
-            agent=config.agent,
-            rollout=config.rollout,
-            seed=config.train.seed,
-            encode=encode,
+        sampler = policy.sampler(
+            toolbox, agent=config.agent, rollout=config.rollout, seed=config.train.seed, encode=encode
         )
         pack = RowBatcher(config.train, policy.model.config)
         optimizer = make_optimizer(config.optimizer, config.train.steps * config.train.mini_batches, policy.params)
@@ -116,7 +110,7 @@ def assemble(
         tool_rewards=per_rollout([verdict.tool for verdict in verdicts], np.float32),
         calls=per_rollout([trajectory.calls for trajectory in trajectories], np.float32),
         correct=per_rollout([verdict.correct for verdict in verdicts], np.bool_),
-        usable=per_rollout([trajectory.stop is not StopReason.DROPPED for trajectory in trajectories], np.bool_),
+        usable=per_rollout([trajectory.usable for trajectory in trajectories], np.bool_),
     )
     return batch, padding_share(rows)
 
@@ -125,10 +119,9 @@ def rollout_metrics(
     trajectories: Sequence[Trajectory], verdicts: Sequence[Verdict], stats: RolloutStats
 ) -> dict[str, float]:
     """Rewards, tool use, lengths and where the rollout's time went."""
-    usable = [trajectory.stop is not StopReason.DROPPED for trajectory in trajectories]
-    kept = [trajectory for trajectory, use in zip(trajectories, usable, strict=True) if use]
-    judged = [verdict for verdict, use in zip(verdicts, usable, strict=True) if use]
-    summary = summarise(kept, judged)
+    pairs = [pair for pair in zip(trajectories, verdicts, strict=True) if pair[0].usable]
+    kept, judged = [trajectory for trajectory, _ in pairs], [verdict for _, verdict in pairs]
+    summary = summarise([outcome(trajectory, verdict) for trajectory, verdict in pairs])
     by_legibility = {
         f"signs/{name}": value
         for name, value in summary.items()

@@ -11,6 +11,7 @@ from hdpo_jax.algorithm.supervised import SupervisedBatch, make_sft_step
 from hdpo_jax.config import SFTConfig
 from hdpo_jax.data.conversations import Conversation, ConversationDataset
 from hdpo_jax.data.encoding import EncodedConversation, encode_conversation
+from hdpo_jax.data.kept import Kept
 from hdpo_jax.rollout.packing import Family, RowShape, conversation_family, padding_share
 from hdpo_jax.train.batching import RowBatcher
 from hdpo_jax.train.loop import RunResult, host_batches, train
@@ -28,18 +29,11 @@ class ConversationEncoder:
     def __init__(self, processor: Processor, row: RowShape, cache_mb: int):
         self._processor = processor
         self._row = row
-        self._room = cache_mb * 2**20
-        self._kept: dict[str, EncodedConversation] = {}
+        self._kept: Kept[EncodedConversation] = Kept(cache_mb)
 
     def __call__(self, conversation: Conversation) -> Family:
         """Raises ValueError, one line, where the conversation does not fit a row."""
-        one = self._kept.get(conversation.id)
-        if one is None:
-            images = [load_image(image) for image in conversation.images]
-            one = encode_conversation(conversation.messages, images, self._processor)
-            if one.nbytes <= self._room:
-                self._room -= one.nbytes
-                self._kept[conversation.id] = one
+        one = self._kept.get(conversation.id, lambda: self._encode(conversation))
         family = conversation_family(one.token_ids, one.learned, one.images, self._processor.config)
         (segment,) = family.segments
         if segment.tokens > self._row.tokens or segment.patches > self._row.patches:
@@ -48,6 +42,10 @@ class ConversationEncoder:
                 f"train.row_tokens {self._row.tokens} and train.row_patches {self._row.patches}"
             )
         return family
+
+    def _encode(self, conversation: Conversation) -> EncodedConversation:
+        images = [load_image(image) for image in conversation.images]
+        return encode_conversation(conversation.messages, images, self._processor)
 
     def problem(self, conversation: Conversation) -> str | None:
         """Why the conversation can not be learned, in words; None where it can."""

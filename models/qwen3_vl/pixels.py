@@ -5,6 +5,7 @@ import binascii
 import functools
 import io
 import math
+import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,7 +121,7 @@ def load_image(source: bytes | str | Path) -> Image.Image:
     """
     name = _name(source)
     try:
-        with Image.open(io.BytesIO(image_bytes(source))) as image:
+        with Image.open(io.BytesIO(read_image_file(source))) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{name} has {image.width} x {image.height} pixels; expected at most {MAX_PIXELS:,}")
             return ImageOps.exif_transpose(image).convert("RGB")
@@ -133,7 +134,7 @@ def load_image(source: bytes | str | Path) -> Image.Image:
         raise ValueError(f"{name} can not be decoded: {reason}") from error
 
 
-def image_bytes(source: bytes | str | Path) -> bytes:
+def read_image_file(source: bytes | str | Path) -> bytes:
     """The file that a path or a base64 data URI means, not decoded; bytes stay as they are.
 
     Raises ValueError, one line, for what can not be read.
@@ -149,6 +150,8 @@ def image_bytes(source: bytes | str | Path) -> bytes:
             raise ValueError(f"{name} is not base64; expected data:image/png;base64,…") from error
     if isinstance(source, str) and source.startswith(("http://", "https://")):
         raise ValueError(f"{name} is a web address; expected a path or a data URI")
+    if isinstance(source, str) and source.startswith("file://"):
+        source = urllib.request.url2pathname(source.removeprefix("file://"))
     try:
         return Path(source).read_bytes()
     except OSError as error:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import numpy as np
@@ -34,6 +34,15 @@ class EncodedPrompt:
 
     token_ids: Int[np.ndarray, " tokens"]
     images: tuple[EncodedImage, ...]
+
+
+class ObservationTurn(NamedTuple):
+    """A turn that shows what a tool returned, as much of it as there was room for."""
+
+    token_ids: Int[np.ndarray, " tokens"]
+    images: int
+    """How many were kept, from the first on."""
+    text: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,11 +179,11 @@ class Processor:
 
     def observation_turn(
         self, text: str, images: Sequence[EncodedImage] = (), max_tokens: int | None = None
-    ) -> tuple[Int[np.ndarray, " tokens"], int]:
+    ) -> ObservationTurn:
         """The user turn that shows `images` and then `text`, and the start of the assistant's next turn.
 
         What does not fit `max_tokens` is cut: images whole, from the end, and then the text's middle, where a mark
-        says how many tokens are missing. Returns the ids and how many images were kept.
+        says how many tokens are missing.
         """
         turns = self._turns
 
@@ -184,13 +193,13 @@ class Processor:
             return self._encode_rendered(shown + self._masked(said, masks) + turns.user_end, masks)
 
         if max_tokens is None:
-            return self._expand(encode(text, len(images)), images), len(images)
+            return ObservationTurn(self._expand(encode(text, len(images)), images), len(images), text)
         kept = self._images_that_fit(text, images, max_tokens - len(encode("", 0)))
         if kept < len(images):
             text = f"{text}\n" * bool(text) + f"[{len(images) - kept} of {len(images)} images left out: no room]"
         placeholders = sum(image.tokens(self.config) - 1 for image in images[:kept])
-        ids = self._encode_within(text, lambda said: encode(said, kept), max_tokens - placeholders)
-        return self._expand(ids, images[:kept]), kept
+        ids, text = self._encode_within(text, lambda said: encode(said, kept), max_tokens - placeholders)
+        return ObservationTurn(self._expand(ids, images[:kept]), kept, text)
 
     def decode(self, ids: Sequence[int] | Int[np.ndarray, " tokens"], *, keep_special: bool = False) -> str:
         """The text of `ids`, special tokens included; without `keep_special` those that end a turn are left out."""
@@ -282,11 +291,11 @@ class Processor:
             kept += 1
         return kept
 
-    def _encode_within(self, text: str, encode: Callable[[str], list[int]], budget: int) -> list[int]:
-        """`encode(text)`, or of its head and tail around a mark, in at most `budget` ids."""
+    def _encode_within(self, text: str, encode: Callable[[str], list[int]], budget: int) -> tuple[list[int], str]:
+        """`encode(text)`, or of its head and tail around a mark, in at most `budget` ids; and the text that is left."""
         ids = encode(text)
         if len(ids) <= budget:
-            return ids
+            return ids, text
         spans = self._plain.encode(text, add_special_tokens=False).offsets
         keep = max(budget - len(encode("")), 0)
         while keep > 0:
@@ -294,14 +303,15 @@ class Processor:
             # By characters, not ids: a cut inside a character would leave bytes that are no text.
             start = spans[head - 1][1]
             end = max(start, spans[-tail][0] if tail else len(text))
-            ids = encode(f"{text[:start]}\n[... {len(spans) - keep} tokens cut ...]\n{text[end:]}")
+            left = f"{text[:start]}\n[... {len(spans) - keep} tokens cut ...]\n{text[end:]}"
+            ids = encode(left)
             if len(ids) <= budget:
-                return ids
+                return ids, left
             keep -= len(ids) - budget
         ids = encode("")
         if len(ids) > budget:
             raise ValueError(f"an observation may take {budget} tokens; an empty one takes {len(ids)} already")
-        return ids
+        return ids, ""
 
 
 def _ids(ids: Sequence[int]) -> Int[np.ndarray, " tokens"]:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from hdpo_jax.data.conversations import ConversationDataset
-from hdpo_jax.data.parquet import DataError
+from hdpo_jax.data.rows import DataError
 from hdpo_jax.data.schemas import COLD_START_SCHEMA
 
 

@@ -3,6 +3,7 @@
 import collections
 import itertools
 import json
+import pickle
 import zlib
 
 import pyarrow as pa
@@ -10,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from hdpo_jax.data.dataset import BadRowError
-from hdpo_jax.data.parquet import DataError
 from hdpo_jax.data.pipeline import batches
 from hdpo_jax.data.prompts import PromptDataset
+from hdpo_jax.data.rows import DataError
 
 ROWS = 61
 
@@ -157,11 +158,20 @@ def test_data_without_a_readable_row_ends(tmp_path):
 
 def test_a_file_that_disappears_is_one_line(tmp_path):
     path = write(tmp_path / "a.parquet")
-    gone = PromptDataset(path)
-    gone._rows._reset()
+    gone = pickle.loads(pickle.dumps(PromptDataset(path)))  # a copy holds no row group that was read before
     path.unlink()
     with pytest.raises(DataError, match="a.parquet can not be read as parquet"):
         next(batches(gone, batch_size=4, seed=3))
+
+
+def test_bad_rows_found_on_the_way_survive_a_resume(tmp_path):
+    path = write(tmp_path / "a.parquet", broken=(4, 9))
+    first = batches(PromptDataset(path, max_bad_rows=0.1), batch_size=16, seed=3)
+    take(first, 4)
+    resumed = batches(PromptDataset(path, max_bad_rows=0.1), batch_size=16, seed=3)
+    resumed.set_state(json.loads(json.dumps(first.get_state())))
+    assert {bad.row for bad in first.report.bad} == {4, 9}
+    assert resumed.report.bad == first.report.bad
 
 
 def test_a_worker_process_changes_nothing(tmp_path):

@@ -18,11 +18,15 @@ from hdpo_jax.data.signs import (
     conversation,
     crop_box,
     is_held_out,
+    known_code,
     places,
     render_board,
     write_signs,
 )
-from hdpo_jax.data.signs_render import FONTS, text_mask
+from hdpo_jax.data.signs_families import DOTS, KNOWN_TOWNS, QUESTIONS, TOWN_HEADS, TOWN_TAILS
+from hdpo_jax.data.signs_render import FONTS, dots_mask, text_mask
+
+TOWNS = {*KNOWN_TOWNS, *(head + tail for head in TOWN_HEADS for tail in TOWN_TAILS)}
 
 ALWAYS = ColdStartPhase(conversations=20, tool_share_legible=1.0, tool_share_illegible=1.0)
 NEVER = ColdStartPhase(conversations=20, tool_share_legible=0.0, tool_share_illegible=0.0)
@@ -169,6 +173,53 @@ def test_which_asks_for_one_of_two_signs_by_its_color():
         assert asked.box[3] <= other.box[1] or other.box[3] <= asked.box[1]
 
 
+def test_count_asks_for_the_dots_of_every_field():
+    config = replace(CONFIG, families=("count",))
+    seen = set()
+    for index in range(16):
+        board = render_board(generator(index), config, index % 2 == 0)
+        assert len(board.inscription) == config.length and set(board.inscription) <= set(DOTS)
+        seen |= set(board.inscription)
+    assert seen == set(DOTS)
+
+
+@pytest.mark.parametrize("height", [8.0, 54.0])
+def test_a_field_holds_as_many_dots_as_it_says(height):
+    # Equal discs that do not touch: the light that each digit adds is that digit times one dot's.
+    def light(counts):
+        return np.asarray(dots_mask(counts, height, generator(0)), float).sum() / 255
+
+    one = light("1")
+    assert one == pytest.approx(np.pi * (0.42 * height / 3) ** 2, rel=0.2)
+    for counts in ("2", "6", "35", "416"):
+        assert light(counts) == pytest.approx(one * sum(map(int, counts)), rel=0.05)
+    for counts, ways in (("1", 1), ("2", 2), ("3", 2), ("4", 1), ("5", 1), ("6", 2)):
+        masks = {dots_mask(counts, height, generator(index)).tobytes() for index in range(12)}
+        assert len(masks) == ways
+
+
+def test_facts_of_known_towns_never_change_and_others_can_not_be_known():
+    config = replace(CONFIG, families=("facts",))
+    codes: dict[bool, dict[str, set[str]]] = {True: {}, False: {}}
+    for index in range(300):
+        known = index % 2 == 0
+        board = render_board(generator(index), replace(config, shapes=((384, 384),)), known, held_out=index % 4 == 1)
+        (town,) = [
+            word.strip("?.") for word in board.question.split() if word[0].isupper() and word.strip("?.") in TOWNS
+        ]
+        codes[known].setdefault(town, set()).add(board.inscription)
+        assert (town in KNOWN_TOWNS) is known
+        assert board.plate[2] - board.plate[0] == config.plate[0]  # small for all: it is knowledge that differs
+    assert codes[True] == {town: {known_code(town, config)} for town in KNOWN_TOWNS}
+    assert not any(is_held_out(code, config) for found in codes[True].values() for code in found)
+    assert any(len(found) > 1 for found in codes[False].values())
+
+
+def test_families_mix():
+    families = {render_board(generator(i), replace(CONFIG, families=tuple(QUESTIONS)), True).family for i in range(40)}
+    assert families == set(QUESTIONS)
+
+
 def test_files_hold_the_schemas_and_the_configured_rows(files):
     assert [path.name for path in files.cold_start] == ["cold_start_0.parquet", "cold_start_1.parquet"]
     for path in files.cold_start:
@@ -222,7 +273,7 @@ def test_another_seed_gives_other_boards(files, tmp_path):
 @pytest.mark.parametrize(
     ("field", "value", "said"),
     [
-        ("families", ("count",), "read, which"),
+        ("families", ("guess",), "read, which, count, facts"),
         ("letters", "AAB", "different capitals"),
         ("letters", "AB1", "different capitals"),
         ("shapes", ((256, 512),), "three cells"),

@@ -10,7 +10,8 @@ from PIL import Image
 from safetensors.numpy import load_file
 from transformers import AutoImageProcessor, AutoTokenizer
 
-from hdpo_jax.data.signs import QUESTIONS, SYSTEM_PROMPT, ColdStartPhase, SignsConfig, cold_start_texts, write_signs
+from hdpo_jax.data.signs import SYSTEM_PROMPT, ColdStartPhase, SignsConfig, cold_start_texts, write_signs
+from hdpo_jax.data.signs_families import QUESTIONS
 from hdpo_jax.data.tiny_checkpoint import TINY, write_tiny_checkpoint
 from hdpo_jax.data.tiny_tokenizer import PLAIN_TOKENS, SPECIAL_TOKENS, train_tokenizer
 from models.qwen3_vl.config import Qwen3VLConfig

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 
 from hdpo_jax.evaluate.convert import export_hf, import_hf
-from hdpo_jax.train.checkpoint import CheckpointError
+from hdpo_jax.train.checkpoint import SavedRunError
 
 
 def tensors(directory: Path) -> dict[str, np.ndarray]:
@@ -62,10 +62,10 @@ def test_dtype_of_an_export_can_be_chosen(tiny_model: Path, tmp_path: Path):
 
 def test_import_does_not_overwrite(tiny_model: Path, tmp_path: Path):
     import_hf(tiny_model, tmp_path / "checkpoint")
-    with pytest.raises(CheckpointError, match="holds a checkpoint already"):
+    with pytest.raises(SavedRunError, match="holds a checkpoint already"):
         import_hf(tiny_model, tmp_path / "checkpoint")
 
 
 def test_export_of_nothing_says_what_is_missing(tmp_path: Path):
-    with pytest.raises(CheckpointError, match="holds nothing; expected a run directory"):
+    with pytest.raises(SavedRunError, match="holds nothing; expected a run directory"):
         export_hf(tmp_path / "nowhere", tmp_path / "out")

@@ -10,10 +10,10 @@ import torch
 from transformers import Qwen3VLForConditionalGeneration
 
 from hdpo_jax.config import ToolsConfig
-from hdpo_jax.evaluate.generate import generate_file
+from hdpo_jax.evaluate.generate import _calls, generate_file
 from hdpo_jax.evaluate.messages import MessagesError
 from models.qwen3_vl.processing import Processor
-from tests.evaluate.test_score import data_uri, picture, user
+from tests.evaluate.oracle import data_uri, model_inputs, picture, user, write_lines
 
 CONVERSATIONS = [
     [{"role": "user", "content": "What does the sign say?"}],
@@ -24,9 +24,7 @@ CONVERSATIONS = [
 
 @pytest.fixture
 def messages(tmp_path: Path) -> Path:
-    path = tmp_path / "in.jsonl"
-    path.write_text("".join(json.dumps({"messages": conversation}) + "\n" for conversation in CONVERSATIONS))
-    return path
+    return write_lines(tmp_path / "in.jsonl", CONVERSATIONS)
 
 
 def test_greedy_generation_is_that_of_transformers(tiny_model: Path, messages: Path, tmp_path: Path):
@@ -37,36 +35,53 @@ def test_greedy_generation_is_that_of_transformers(tiny_model: Path, messages: P
     model: Any = Qwen3VLForConditionalGeneration.from_pretrained(tiny_model, dtype=torch.float32)
     forbidden = [[token] for token in np.flatnonzero(processor.forbidden).tolist()]
     for record, conversation in zip(found, CONVERSATIONS, strict=True):
-        encoded = processor.encode_messages(conversation)
-        ids = torch.tensor(encoded.token_ids[None].astype(np.int64))
-        vision = {}
-        if encoded.images:
-            vision["pixel_values"] = torch.tensor(np.concatenate([image.patches for image in encoded.images]))
-            vision["image_grid_thw"] = torch.tensor([image.grid for image in encoded.images])
-            vision["mm_token_type_ids"] = (ids == processor.config.image_token_id).int()
+        inputs: Any = model_inputs(processor, conversation, processor.encode_messages(conversation).token_ids)
+        length = inputs["input_ids"].shape[1]
         generated = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
+            **inputs,
+            attention_mask=torch.ones_like(inputs["input_ids"]),
             max_new_tokens=12,
             do_sample=False,
             bad_words_ids=forbidden,
-            **vision,
         )
-        expected = generated[0, ids.shape[1] :].tolist()
+        expected = generated[0, length:].tolist()
         assert record["token_ids"] == expected
         assert len(record["logprobs"]) == len(expected)
         assert record["stop_reason"] in ("end_of_turn", "token_budget")
         assert record["text"] == processor.decode(expected)
 
 
-def test_a_line_that_is_no_conversation_is_named(tiny_model: Path, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"messages": []}', "no 'messages'"),
+        ("hello", r"not JSON \(Expecting value at character 1\); expected {'messages'"),
+        ('{"messages": [{"role": "user", "content": "<image>?"}], "images": ["a.png"]}', "'images' beside 'messages'"),
+    ],
+)
+def test_a_line_that_is_no_conversation_is_named(tiny_model: Path, tmp_path: Path, line, said):
     path = tmp_path / "in.jsonl"
-    path.write_text('{"messages": [{"role": "user", "content": "Hello"}]}\n{"messages": []}\n')
-    with pytest.raises(MessagesError, match=r"in.jsonl:2: no 'messages'"):
+    path.write_text('{"messages": [{"role": "user", "content": "Hello"}]}\n' + line + "\n")
+    with pytest.raises(MessagesError, match=rf"in.jsonl:2: {said}"):
         generate_file(tiny_model, path, tmp_path / "out.jsonl")
     assert not (tmp_path / "out.jsonl").exists()
 
 
+def test_the_defaults_work(tiny_model: Path, tmp_path: Path):
+    path = tmp_path / "in.jsonl"
+    path.write_text(json.dumps({"messages": CONVERSATIONS[0]}))
+    generate_file(tiny_model, path, tmp_path / "out.jsonl")
+    (record,) = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert len(record["token_ids"]) == len(record["logprobs"]) > 0
+
+
+def test_every_call_of_a_turn_is_reported():
+    call = '<tool_call>{"name": "python", "arguments": {"code": "1"}}</tool_call>'
+    found = _calls(f"<reason>a</reason>{call}<reason>b</reason>{call}<tool_call>{{")
+    assert [(one.name, dict(one.arguments), one.error) for one in found] == [("python", {"code": "1"}, None)] * 2
+
+
+@pytest.mark.slow
 @pytest.mark.requires_bwrap
 def test_bfloat16_and_tools(tiny_model: Path, messages: Path, tmp_path: Path):
     output = tmp_path / "out.jsonl"

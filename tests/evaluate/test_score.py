@@ -1,7 +1,5 @@
 """`hdpo score` against transformers, and what it does with lines that are no conversation."""
 
-import base64
-import io
 import json
 import subprocess
 import sys
@@ -11,32 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from transformers import Qwen3VLForConditionalGeneration
 
 from hdpo_jax.evaluate import score
 from hdpo_jax.evaluate.messages import MessagesError
 from hdpo_jax.evaluate.score import score_file
 from models.qwen3_vl.processing import Processor
-
-
-def picture(width: int, height: int, seed: int) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
-def data_uri(image: Image.Image) -> str:
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
-def user(text: str, *images: str) -> dict[str, Any]:
-    return {
-        "role": "user",
-        "content": [{"type": "image", "image": i} for i in images] + [{"type": "text", "text": text}],
-    }
-
+from tests.evaluate.oracle import data_uri, model_inputs, picture, user, write_lines
 
 CONVERSATIONS = [
     [{"role": "user", "content": "What does the sign say?"}, {"role": "assistant", "content": "<answer>AEG</answer>"}],
@@ -51,25 +30,18 @@ CONVERSATIONS = [
 
 @pytest.fixture
 def messages(tmp_path: Path) -> Path:
-    path = tmp_path / "in.jsonl"
-    path.write_text("".join(json.dumps({"messages": conversation}) + "\n" for conversation in CONVERSATIONS))
-    return path
+    return write_lines(tmp_path / "in.jsonl", CONVERSATIONS)
 
 
 def oracle_logprobs(
     model: Qwen3VLForConditionalGeneration, processor: Processor, token_ids: np.ndarray, conversation: list[Any]
 ):
     """log p(token t | tokens before it) for t >= 1, by transformers."""
-    encoded = processor.encode_messages(conversation, add_generation_prompt=True)
-    ids = torch.tensor(token_ids[None].astype(np.int64))
-    vision = {}
-    if encoded.images:
-        vision["pixel_values"] = torch.tensor(np.concatenate([image.patches for image in encoded.images]))
-        vision["image_grid_thw"] = torch.tensor([image.grid for image in encoded.images])
-        vision["mm_token_type_ids"] = (ids == processor.config.image_token_id).int()
+    inputs = model_inputs(processor, conversation, token_ids)
     with torch.no_grad():
-        logits = model(input_ids=ids, **vision).logits[0]
-    return torch.log_softmax(logits[:-1].double(), -1).gather(-1, ids[0, 1:, None])[:, 0].numpy()
+        logits = model(**inputs).logits[0]
+    following = inputs["input_ids"][0, 1:, None]
+    return torch.log_softmax(logits[:-1].double(), -1).gather(-1, following)[:, 0].numpy()
 
 
 @pytest.mark.parametrize("add_generation_prompt", [False, True])

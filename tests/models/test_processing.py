@@ -174,7 +174,7 @@ def test_turns_extend_to_what_the_template_says(processor):
             ]
             whole = processor.encode_messages(conversation, images[: 2 + shown])
             prompt = processor.encode_messages(CONVERSATION[:2], images[:2])
-            turn, kept = processor.observation_turn(text, [processor.encode_image(i) for i in images[2 : 2 + shown]])
+            turn, kept, _ = processor.observation_turn(text, [processor.encode_image(i) for i in images[2 : 2 + shown]])
             end = [] if called else processor.stop_ids[:1]
             close = processor.close_turn if called else processor.after_end_of_turn
             parts = [prompt.token_ids, processor.encode_text(said), end, close, turn]
@@ -201,7 +201,7 @@ def test_decode_leaves_out_what_ends_a_turn(processor):
 def test_a_long_observation_keeps_head_and_tail(processor, budget, unit):
     text = "HEAD" + unit * 400 + "TAIL"
     total = len(processor.encode_text(text))
-    ids, _ = processor.observation_turn(text, [], budget)
+    ids, _, _ = processor.observation_turn(text, [], budget)
     assert budget - 14 <= len(ids) <= budget  # tight: the mark's own tokens are all that is lost
     said = processor.decode(ids, keep_special=True)
     assert "\ufffd" not in said  # no half characters
@@ -215,16 +215,16 @@ def test_a_long_observation_keeps_head_and_tail(processor, budget, unit):
 
 
 def test_what_fits_is_not_cut(processor):
-    ids, _ = processor.observation_turn("The sign says 42.")
+    ids, _, _ = processor.observation_turn("The sign says 42.")
     np.testing.assert_array_equal(processor.observation_turn("The sign says 42.", (), len(ids))[0], ids)
 
 
 def test_images_are_dropped_whole(processor):
     images = [processor.encode_image(picture(32, 32)) for _ in range(3)]  # 4 tokens each, and 2 around
-    whole, kept = processor.observation_turn("ab", images)
+    whole, kept, _ = processor.observation_turn("ab", images)
     assert kept == 3
     for budget in range(len(whole) + 40, 30, -1):
-        ids, kept = processor.observation_turn("ab", images, budget)
+        ids, kept, _ = processor.observation_turn("ab", images, budget)
         assert len(ids) <= budget
         assert (ids == image_ids(processor)).sum() == 4 * kept
         assert (kept == 3) == (budget >= len(whole))
@@ -234,7 +234,7 @@ def test_images_are_dropped_whole(processor):
 
 def test_a_long_text_does_not_push_images_out(processor):
     images = [processor.encode_image(picture(32, 32)) for _ in range(2)]
-    ids, kept = processor.observation_turn("word " * 500, images, 100)
+    ids, kept, _ = processor.observation_turn("word " * 500, images, 100)
     assert kept == 2 and len(ids) <= 100
     assert "tokens cut" in processor.decode(ids)
 

@@ -1,7 +1,5 @@
 """What counts as the answer, and what counts as right: each defect of a looser reading is named in a case."""
 
-import time
-
 import pytest
 
 from hdpo_jax.rewards.answer import answer_matches, extract_answer, judge_by_rules
@@ -210,11 +208,10 @@ def test_rules_say_wrong_only_where_they_are_certain(prediction, truth, verdict)
         "<answer" * 100_000,
     ],
 )
-def test_hostile_predictions_are_wrong_at_once(prediction):
-    start = time.perf_counter()
+@pytest.mark.timeout(60)  # a quadratic reading takes hours
+def test_hostile_predictions_are_wrong_and_come_to_an_end(prediction):
     for truth in ("B", "42", "cat"):
         assert not answer_matches(prediction, truth)
-    assert time.perf_counter() - start < 0.5
 
 
 def test_characters_that_the_truth_holds_are_no_attack():
@@ -222,19 +219,18 @@ def test_characters_that_the_truth_holds_are_no_attack():
     assert answer_matches("می\u200cخواهم", "می\u200cخواهم")
 
 
-def test_extracting_from_hostile_text_takes_linear_time():
-    start = time.perf_counter()
+@pytest.mark.timeout(60)
+def test_extracting_from_hostile_text_comes_to_an_end():
     for piece in ("<answer>", "<reason>", "</answer>", "<tool_call>", "<answer></answer>", "<reason></reason>"):
-        extract_answer(piece * 50_000)
-    assert time.perf_counter() - start < 1.0
+        assert extract_answer(piece * 200_000) in (None, "")
 
 
-def test_short_answers_cost_microseconds():
-    pairs = [("K7Q2", "K7Q2"), ("k7q3", "K7Q2"), ("42", "42"), ("41", "42"), ("B", "B")]
-    [answer_matches(*pair) for pair in pairs]
-    start = time.perf_counter()
-    for _ in range(200):
-        for prediction, truth in pairs:
-            answer_matches(prediction, truth)
-    # About 10 µs a comparison; a process or SymPy would take milliseconds.
-    assert (time.perf_counter() - start) / 1_000 < 500e-6
+def test_short_answers_start_no_process(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a process was asked")
+
+    monkeypatch.setattr("hdpo_jax.rewards.mathematics.MathProcesses.equal", refuse)
+    for prediction, truth in [("K7Q2", "K7Q2"), ("k7q3", "K7Q2"), ("42", "42"), ("41", "42"), ("B", "B")]:
+        assert answer_matches(prediction, truth) is (prediction == truth)
+    with pytest.raises(AssertionError, match="a process was asked"):
+        answer_matches(r"\sqrt{8}", r"2\sqrt{2}")

@@ -5,7 +5,6 @@ import pytest
 
 from hdpo_jax.rewards import (
     VerifierOutage,
-    accuracy_reward,
     format_reward,
     score_response,
     score_trajectory,
@@ -59,7 +58,8 @@ def test_tool_reward():
     ],
 )
 def test_accuracy_is_nine_tenths_answer_and_one_tenth_format(text, accuracy, correct):
-    assert accuracy_reward(text, "zebra") == (accuracy, correct)
+    verdict = score_response(text, "zebra", calls=0)
+    assert (verdict.accuracy, verdict.correct) == (accuracy, correct)
 
 
 def test_a_right_answer_in_bad_format_still_earns_the_tool_reward():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hdpo_jax.config import ToolsConfig
+from hdpo_jax.config import ConfigError, ToolsConfig
 from hdpo_jax.rollout.agent import Sampler
 from hdpo_jax.rollout.packing import RowShape, assign_rows, fill_rows, group_family
 from hdpo_jax.rollout.prompts import PromptTooLong
@@ -50,12 +50,11 @@ class Camera:
 
 def sampler(policy, toolbox: Any = None, *, rollout=ROLLOUT, agent=AGENT, seed=3) -> Sampler:
     toolbox = toolbox or Camera()
-    return Sampler(policy.model, policy.processor, toolbox, agent=agent, rollout=rollout, seed=seed)
+    return Sampler(policy.model, policy.processor, toolbox, mesh=policy.mesh, agent=agent, rollout=rollout, seed=seed)
 
 
 def sample(policy, prompts, *, samples=2, step=5, **settings):
-    with jax.set_mesh(policy.mesh):
-        return sampler(policy, **settings).sample(policy.params, prompts, samples=samples, step=step)
+    return sampler(policy, **settings).sample(policy.params, prompts, samples=samples, step=step)
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +102,14 @@ def test_eight_devices_sample_what_one_does(task, reference):
     assert_same(sample(policy, task.prompts[:5], rollout=rollout), reference)
 
 
+def test_the_cache_is_spread_over_the_mesh(task):
+    # Made outside the mesh, all of it would lie on one device: 400 GB for an 8B.
+    policy = chatty_policy(task, devices=8)
+    ours = sampler(policy, rollout=replace(ROLLOUT, slots=8))
+    for array in jax.tree.leaves(ours._slots._state.cache):
+        assert {shard.data.size for shard in array.addressable_shards} == {array.size // 8}
+
+
 def test_seed_step_and_sample_number_change_it(task, policy, reference):
     first = [one.token_ids.tolist() for one in reference]
     for changed in ({"seed": 4}, {"step": 6}):
@@ -145,11 +152,10 @@ def test_turns_extend_the_prompt_token_by_token(policy, reference):
 
 def test_nothing_compiles_after_warm_up(task, policy):
     ours = sampler(policy)
-    with jax.set_mesh(policy.mesh):
-        ours.warm_up(policy.params)
-        counter = CompilationCounter()
-        ours.sample(policy.params, task.prompts[:3], samples=3, step=1)
-        ours.sample(policy.params, task.prompts, samples=1, step=2)
+    ours.warm_up(policy.params)
+    counter = CompilationCounter()
+    ours.sample(policy.params, task.prompts[:3], samples=3, step=1)
+    ours.sample(policy.params, task.prompts, samples=1, step=2)
     assert counter.count == 0
 
 
@@ -234,9 +240,36 @@ def test_text_that_imitates_the_chat_stays_text(task, policy):
         assert "<answer>" not in one.response_text
 
 
+def test_a_long_observation_is_cut_and_the_trajectory_goes_on(task, policy):
+    """At the tightest setting: the budget is the largest static shape."""
+
+    class Chatterbox(Camera):
+        def session(self, images):
+            session = super().session(images)
+            session.call = lambda call: Observation(text="word " * 500)
+            return session
+
+    largest = max(tokens for tokens, _ in ROLLOUT.observation_shapes)
+    agent = replace(AGENT, max_observation_tokens=largest, max_calls=1)
+    found = sample(policy, task.prompts[:4], toolbox=Chatterbox(), agent=agent)
+    shown = [one for one in found if any(turn.role == "tool" for turn in one.turns)]
+    assert len(shown) > 2
+    for one in shown:
+        (said,) = [turn.text for turn in one.turns if turn.role == "tool"]
+        assert "tokens cut" in said and len(said) < 1_000  # what the policy saw, not all that the tool wrote
+        start, end = one.prompt_length, len(one.token_ids)
+        assert one.sampled[start:end].any() and (~one.sampled[start:end]).sum() == largest
+
+
+@pytest.mark.parametrize("tokens", [65, 3])
+def test_an_observation_budget_that_can_not_work_is_refused(policy, tokens):
+    with pytest.raises(ConfigError, match=f"agent.max_observation_tokens is {tokens}; expected at (most 64|least 8),"):
+        sampler(policy, agent=replace(AGENT, max_observation_tokens=tokens))
+
+
 def test_greedy_without_tools_needs_no_toolbox(task, policy):
     rollout = replace(ROLLOUT, temperature=0.0)
-    ours = Sampler(policy.model, policy.processor, None, agent=AGENT, rollout=rollout, seed=0)
+    ours = Sampler(policy.model, policy.processor, None, mesh=policy.mesh, agent=AGENT, rollout=rollout, seed=0)
     prompt = Prompt(
         id="0",
         messages=[{"role": "user", "content": "What does the sign say?"}],
@@ -244,8 +277,7 @@ def test_greedy_without_tools_needs_no_toolbox(task, policy):
         ground_truth="",
         data_source="",
     )
-    with jax.set_mesh(policy.mesh):
-        twice = ours.sample(policy.params, [prompt, prompt], samples=1, step=0)
+    twice = ours.sample(policy.params, [prompt, prompt], samples=1, step=0)
     assert twice[0].token_ids.tolist() == twice[1].token_ids.tolist()
     assert twice[0].calls == 0
 
@@ -258,8 +290,7 @@ def test_an_interrupted_run_leaves_nothing_behind(task, policy, reference):
     def interrupt(trajectory):
         raise KeyboardInterrupt
 
-    with jax.set_mesh(policy.mesh):
-        with pytest.raises(KeyboardInterrupt):
-            ours.sample(policy.params, task.prompts[:5], samples=2, step=5, on_finished=interrupt)
-        assert toolbox.open == 0
-        assert_same(ours.sample(policy.params, task.prompts[:5], samples=2, step=5), reference)
+    with pytest.raises(KeyboardInterrupt):
+        ours.sample(policy.params, task.prompts[:5], samples=2, step=5, on_finished=interrupt)
+    assert toolbox.open == 0
+    assert_same(ours.sample(policy.params, task.prompts[:5], samples=2, step=5), reference)

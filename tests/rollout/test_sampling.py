@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hdpo_jax.rollout.sampling import sample, truncate
+from hdpo_jax.rollout.sampling import _invert, sample, truncate
 
 LOGITS = jnp.log(jnp.array([[0.5, 0.25, 0.15, 0.1]]))
 NOTHING = np.zeros(4, bool)
@@ -68,3 +68,19 @@ def test_a_row_is_sampled_the_same_in_any_company():
     together, _ = sample(logits, keys(8), forbidden, temperature=1.0)
     alone = [sample(logits[i : i + 1], keys(8)[i : i + 1], forbidden, temperature=1.0)[0][0] for i in range(8)]
     assert together.tolist() == [int(token) for token in alone]
+
+
+def test_tokens_without_probability_never_come_up_in_a_real_vocabulary(monkeypatch):
+    # A parallel fp32 sum grows by a rounding at tokens that add nothing: draws that fall there are the hard ones.
+    logits = jax.random.normal(jax.random.key(5), (8, 151_936)) * 3
+    allowed = jax.random.bernoulli(jax.random.key(6), 0.5, logits.shape)
+    probabilities = jax.nn.softmax(jnp.where(allowed, logits, -jnp.inf), axis=-1)
+    cumulative = np.asarray(jnp.cumsum(probabilities, axis=-1))
+    grows = (np.diff(cumulative, axis=-1) > 0) & ~np.asarray(allowed)[:, 1:]
+    assert grows.sum() > 8
+    monkeypatch.setattr(jax.random, "uniform", lambda key: key)
+    for row, index in np.argwhere(grows)[:: grows.sum() // 8].tolist():
+        draw = 1 - cumulative[row, index + 1] / cumulative[row].max()
+        (token,) = _invert(probabilities[row : row + 1], jnp.float32([draw])).tolist()
+        assert allowed[row, token]
+        assert abs(token - index) < 8  # its neighbour, not just anyone

@@ -54,7 +54,7 @@ class TestSandbox:
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
             code = f"import socket\nsocket.create_connection(('127.0.0.1', {port}), 2)"
-            assert "ConnectionRefusedError" in run(session, code).text
+            assert "unreachable" in run(session, code).text
         assert "unreachable" in run(session, "socket.create_connection(('1.1.1.1', 80), 2)").text
 
     def test_host_files_are_invisible(self, session, run, tmp_path):
@@ -120,6 +120,16 @@ for folder in ('/', '/usr', '/etc', '/dev', '/kernel', sys.prefix, os.path.dirna
             observation = run(session, code)
             assert not observation.ok and any(word in observation.text for word in ("MemoryError", "allocate memory"))
         assert run(session, "len(bytearray(1 << 26))").text == str(1 << 26)
+
+    def test_no_memory_outside_the_bounds(self, session, run):
+        # A file in memory counts to no process's address space and to no disk.
+        assert "PermissionError" in run(session, "import os; os.memfd_create('x')").text
+        child = "import subprocess, sys\nsubprocess.run([sys.executable, '-c', 'import os; os.memfd_create(\"x\")'])"
+        assert "PermissionError" in run(session, child).text
+        assert (
+            run(session, "os.getppid() >= 0, open('/proc/self/status').read().count('Seccomp:\\t2')").text
+            == "(True, 1)"
+        )
 
     def test_processes_are_bounded(self, box, session, run):
         code = """

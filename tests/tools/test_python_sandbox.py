@@ -51,6 +51,55 @@ def test_sessions_share_nothing(box, run):
         assert run(two, "import os, json; os.listdir('/tmp'), json.dumps(1)").text == "([], '1')"
 
 
+LISTEN = """
+import socket
+servers = [socket.socket(socket.AF_UNIX), socket.socket()]
+for server, address in zip(servers, ["\\0meet", ("0.0.0.0", 5555)]):
+    server.bind(address)
+    server.listen()
+"""
+CONNECT = """
+import socket
+def connect(kind, address):
+    try:
+        socket.socket(kind).connect(address)
+        return "reached"
+    except OSError as error:
+        return type(error).__name__
+connect(socket.AF_UNIX, "\\0meet"), connect(socket.AF_INET, ("127.0.0.1", 5555))
+"""
+WRITE = """
+import os
+for descriptor in range(3, 256):
+    try:
+        os.pwrite(descriptor, b"SECRET", 0)
+    except OSError:
+        pass
+"""
+READ = """
+import os
+found = []
+for descriptor in range(256):
+    try:
+        found.append(os.pread(descriptor, 6, 0))
+    except OSError:
+        pass
+b"SECRET" in found
+"""
+
+
+def test_sessions_have_no_way_to_each_other(box, run):
+    """No socket that one opens and the other finds, no file that both inherited."""
+    with box.session([]) as one, box.session([]) as two:
+        assert run(one, LISTEN).ok
+        assert run(one, CONNECT).text.startswith("('reached'")
+        assert run(two, CONNECT).text == "('ConnectionRefusedError', 'OSError')"
+        run(one, "import os; mine = os.open('/tmp/mine', os.O_RDWR | os.O_CREAT)")
+        run(one, WRITE)
+        assert run(one, READ).text == "True"
+        assert run(two, READ).text == "False"
+
+
 def test_runs_are_reproducible(box, run):
     def numbers() -> str:
         with box.session([]) as session:
@@ -252,6 +301,14 @@ def test_descriptors_do_not_leak(box, run):
     for _ in range(10):
         visit()
     assert used() == before
+
+
+def test_a_closed_session_starts_nothing(box, run):
+    session = box.session([])
+    assert run(session, "1").text == "1"
+    session.close()
+    late = run(session, "2")
+    assert late.lost and not late.ok and late.text == "The trajectory has ended."
 
 
 def test_unknown_tools_and_wrong_arguments_are_observations(session):

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from hdpo_jax.algorithm.state import TrainState, abstract_state, init_state
 from hdpo_jax.train.checkpoint import (
     Checkpointer,
-    CheckpointError,
+    SavedRunError,
     StopSignal,
     base_directory,
     find_checkpoint,
@@ -156,11 +156,11 @@ def test_other_models_are_refused_in_one_line(tmp_path):
     checkpointer.save(3, init_state(params_of(), OPTIMIZER), {}, {})
     checkpointer.wait()
     with pytest.raises(
-        CheckpointError, match=r"holds float32\[16, 8\] for layers.0.kernel; expected float32\[24, 8\]"
+        SavedRunError, match=r"holds float32\[16, 8\] for layers.0.kernel; expected float32\[24, 8\]"
     ) as e:
         checkpointer.restore_latest(abstract_state(params_of(width=24), OPTIMIZER))
     assert "\n" not in str(e.value)
-    with pytest.raises(CheckpointError, match="another model or optimizer"):
+    with pytest.raises(SavedRunError, match="another model or optimizer"):
         checkpointer.restore_latest(abstract_state(params_of(), optax.sgd(0.1, momentum=0.9)))
     checkpointer.close()
 
@@ -193,7 +193,7 @@ def test_exports_by_itself(tmp_path):
         assert base_directory(place) == run / "base"
     same_bits(load_params(run / "checkpoints" / "1", params_of()), params_of(seed=1))
     for place, found in ((hf, "no checkpoint"), (hf / "config.json", "a file"), (tmp_path / "none", "nothing")):
-        with pytest.raises(CheckpointError, match=f"holds {found}; expected a run directory"):
+        with pytest.raises(SavedRunError, match=f"holds {found}; expected a run directory"):
             load_params(place, params_of())
 
 

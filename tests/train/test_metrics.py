@@ -95,7 +95,7 @@ def test_without_a_terminal_the_display_is_plain_lines(tmp_path: Path):
     lines = output.getvalue().splitlines()
     # The first and the last step: the steps between came within the same few seconds.
     assert len(lines) == 2
-    assert lines[0].startswith("hdpo 1/50  right 0.25  ") and lines[0].endswith("left")
+    assert lines[0].startswith("hdpo 1/50  right 0.25  ") and lines[0].endswith("compiled")
     assert lines[1].startswith("hdpo 50/50  right 0.25  took ")
     assert "\x1b" not in output.getvalue()
 

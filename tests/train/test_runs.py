@@ -20,7 +20,7 @@ from hdpo_jax.data.tiny_checkpoint import write_tiny_checkpoint
 pytestmark = [pytest.mark.slow, pytest.mark.requires_bwrap]
 
 ROOT = Path(__file__).parents[2]
-STEPS, EVERY = 4, 2
+STEPS, EVERY = 12, 5
 
 SFT = """
 from dataclasses import replace
@@ -33,7 +33,9 @@ def get_config():
         output={output!r},
         model=replace(config.model, path={model!r}),
         data=replace(config.data, path={data!r}),
-        train=replace(config.train, steps=4, batch_size=8, checkpoint_every=2, micro_batch_rows=2, max_rows=8),
+        train=replace(
+            config.train, steps={steps}, batch_size=8, checkpoint_every={every}, micro_batch_rows=2, max_rows=8
+        ),
     )
 """
 
@@ -52,7 +54,7 @@ def get_config():
         agent=replace(config.agent, max_response_tokens=48),
         optimizer=replace(config.optimizer, learning_rate=1e-2),
         train=replace(
-            config.train, steps=4, prompts_per_step=4, group_size=4, mini_batches=2, checkpoint_every=2,
+            config.train, steps={steps}, prompts_per_step=4, group_size=4, mini_batches=2, checkpoint_every={every},
             micro_batch_rows=2, max_rows=16, dump_every=2,
         ),
     )
@@ -100,12 +102,32 @@ def metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
-def wait_for_step(process: subprocess.Popen, run: Path, step: int) -> None:
+def reached_step(run: Path) -> int:
+    return max((line["step"] for line in metrics(run)), default=0)
+
+
+def saved_steps(run: Path) -> list[int]:
+    return [int(folder.name) for folder in (run / "checkpoints").glob("*") if folder.name.isdigit()]
+
+
+def interrupt(process: subprocess.Popen, run: Path, how: signal.Signals) -> None:
+    """Stops the run between two checkpoints, of which the first is whole on disk.
+
+    Checkpoints are written in the background, so how far the disk is behind the steps is unknown: the run is frozen
+    for every look at it, and killed while what was seen is still true.
+    """
     deadline = time.monotonic() + 300
-    while not any(line["step"] >= step for line in metrics(run)):
-        assert process.poll() is None, process.stdout.read() if process.stdout else ""
-        assert time.monotonic() < deadline
+    while process.poll() is None and time.monotonic() < deadline:
+        process.send_signal(signal.SIGSTOP)
+        if 0 < max(saved_steps(run), default=0) < reached_step(run):
+            process.send_signal(how)
+            process.send_signal(signal.SIGCONT)
+            process.wait(timeout=120)
+            return
+        process.send_signal(signal.SIGCONT)
         time.sleep(0.05)
+    process.kill()
+    pytest.fail(f"was not between two checkpoints: {process.communicate()[0]}")
 
 
 def exported(run: Path) -> dict[str, np.ndarray]:
@@ -135,13 +157,19 @@ def test_killed_and_resumed_is_the_run_undisturbed(task, tmp_path, command, temp
     runs = []
     for name, kill in (("undisturbed", None), ("killed", signal.SIGKILL), ("stopped", signal.SIGTERM)):
         run, config = tmp_path / name, tmp_path / f"{name}.py"
-        config.write_text(template.format(output=str(run), model=str(task.model), data=str(data)))
+        places = {"output": str(run), "model": str(task.model), "data": str(data)}
+        config.write_text(template.format(**places, steps=STEPS, every=EVERY))
         process = start(command, config)
         if kill:
-            # After step 3 the newest checkpoint is that of step 2: step 3 has to be done again.
-            wait_for_step(process, run, EVERY + 1)
-            process.send_signal(kill)
-            process.wait(timeout=120)
+            interrupt(process, run, kill)
+            reached, saved = reached_step(run), saved_steps(run)
+            assert reached < STEPS, "the run was not interrupted"
+            if kill == signal.SIGTERM:  # what was done is kept, whether a checkpoint was due or not
+                assert process.returncode == 128 + kill
+                assert max(saved) == reached
+            else:
+                assert process.returncode == -kill
+                assert max(saved) < reached, "no step has to be done again"
             process = start(command, config)
         finish(process)
         runs.append(run)

@@ -2,8 +2,8 @@
 
 The fork server lives inside bubblewrap and keeps CAP_SYS_ADMIN of the sandbox's user namespace (as root: of the
 sandbox's mounts). Each session gets a PID namespace (killing its first process kills all it started), a mount
-namespace with a bounded /tmp and a /proc that shows only itself, an IPC namespace, and at last a user namespace without
-any capability, in which processes are counted.
+namespace with a bounded /tmp and a /proc that shows only itself, an IPC namespace, a network namespace with nothing in
+it, not even loopback, and at last a user namespace without any capability, in which processes are counted.
 """
 
 import ctypes
@@ -11,9 +11,13 @@ import os
 import resource
 from dataclasses import dataclass
 
-CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID = 0x0002_0000, 0x0800_0000, 0x1000_0000, 0x2000_0000
+from .syscalls import FILTER
+
+CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWNET = 0x0002_0000, 0x0800_0000, 0x4000_0000
+CLONE_NEWUSER, CLONE_NEWPID = 0x1000_0000, 0x2000_0000
 MS_NOSUID, MS_NODEV, MS_NOEXEC = 2, 4, 8
 PR_SET_NO_NEW_PRIVS, PR_SET_CHILD_SUBREAPER = 38, 36
+PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 22, 2
 LINUX_CAPABILITY_VERSION_3 = 0x2008_0522
 NOBODY = 65_534
 MEBIBYTE = 1 << 20
@@ -56,7 +60,7 @@ def adopt_orphans() -> None:
 
 def confine(limits: Limits) -> None:
     """Turns the calling process, the first of its PID namespace, into a session without rights."""
-    _check(_libc.unshare(CLONE_NEWNS | CLONE_NEWIPC), "mount and IPC namespaces")
+    _check(_libc.unshare(CLONE_NEWNS | CLONE_NEWIPC | CLONE_NEWNET), "mount, IPC and network namespaces")
     options = f"size={limits.disk_mb}m,nr_inodes=16384,mode=1777".encode()
     _check(_libc.mount(b"tmpfs", b"/tmp", b"tmpfs", MS_NOSUID | MS_NODEV, options), "mounting /tmp")
     _check(_libc.mount(b"proc", b"/proc", b"proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, None), "mounting /proc")
@@ -72,6 +76,8 @@ def confine(limits: Limits) -> None:
     os.write(descriptor, b"0")
     os.close(descriptor)
     _drop_capabilities()
+    if FILTER is not None:
+        _check(_libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(FILTER), 0, 0), "filtering system calls")
     # After the user namespace exists: its creation would make this the limit of all sessions together.
     resource.setrlimit(resource.RLIMIT_NPROC, (limits.processes, limits.processes))
 

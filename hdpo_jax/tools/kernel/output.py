@@ -27,6 +27,10 @@ class Output(io.TextIOBase):
         self._cut = 0
         self._taken_over = 0
 
+    def release(self) -> None:
+        """Closes the file; nothing can be written any more."""
+        os.close(self._descriptor)
+
     @property
     def encoding(self) -> str:
         return "utf-8"

@@ -312,7 +312,12 @@ class Session:
         plt.close("all")
 
     def _redirect(self) -> None:
-        """Descriptors 1 and 2, which subprocesses inherit, write to a nameless file in the session's own folder."""
+        """Descriptors 1 and 2, which subprocesses inherit, write to a nameless file in the session's own folder.
+
+        The file of the fork server's warm-up, which all sessions inherit, is closed: it would be a way between them.
+        """
+        if self._output is not None:
+            self._output.release()
         path = "output"
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_EXCL, 0o600)
         os.unlink(path)

@@ -1,0 +1,59 @@
+"""Accuracy and tool use of a set of judged trajectories, as a report or a training curve shows them."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from hdpo_jax.rewards.verdict import Verdict
+from hdpo_jax.types import Trajectory
+
+
+class Outcome(NamedTuple):
+    """What a summary needs to know of a trajectory."""
+
+    correct: bool
+    calls: int
+    usable: bool
+    """False: dropped, through no fault of the policy's."""
+    legible: bool | None
+    """Whether the question could be answered without tools; None where the prompt does not say."""
+
+
+def outcome(trajectory: Trajectory, verdict: Verdict) -> Outcome:
+    return Outcome(
+        correct=verdict.correct,
+        calls=trajectory.calls,
+        usable=trajectory.usable,
+        legible=trajectory.prompt.extra.get("legible"),
+    )
+
+
+def summarise(outcomes: Sequence[Outcome]) -> dict[str, float]:
+    """Shares of all usable trajectories; by legibility too, where the prompts say whether their image is legible.
+
+    `redundant_tool_rate`: share of legible boards answered with a call. `needed_tool_rate`: of illegible ones.
+    """
+    usable = [one for one in outcomes if one.usable]
+
+    def mean(value: Callable[[Outcome], float], legible: bool | None = None) -> float:
+        values = [value(one) for one in usable if legible is None or one.legible is legible]
+        return sum(values) / max(len(values), 1)
+
+    def is_correct(one: Outcome) -> float:
+        return float(one.correct)
+
+    def uses_tool(one: Outcome) -> float:
+        return float(one.calls > 0)
+
+    summary = {
+        "accuracy": mean(is_correct),
+        "tool_rate": mean(uses_tool),
+        "calls_per_rollout": mean(lambda one: one.calls),
+    }
+    if any(one.legible is not None for one in usable):
+        summary |= {
+            "accuracy_legible": mean(is_correct, legible=True),
+            "accuracy_illegible": mean(is_correct, legible=False),
+            "redundant_tool_rate": mean(uses_tool, legible=True),
+            "needed_tool_rate": mean(uses_tool, legible=False),
+        }
+    return summary

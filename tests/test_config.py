@@ -1,0 +1,78 @@
+"""Settings are checked when they are made: each refusal names the setting, what it is and what it should be."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from configs import metis_8b, signs_hdpo, signs_read, signs_sft
+from hdpo_jax.config import (
+    AgentConfig,
+    AlgorithmConfig,
+    ConfigError,
+    DataConfig,
+    OptimizerConfig,
+    RLConfig,
+    RLTrainConfig,
+    RolloutConfig,
+    SFTTrainConfig,
+    ToolsConfig,
+)
+from hdpo_jax.config_files import config_names
+
+
+@pytest.mark.parametrize(
+    ("kind", "prefix", "settings"),
+    [
+        (DataConfig, "data", {"workers": -1}),
+        (DataConfig, "data", {"max_bad_rows": 1.5}),
+        (AgentConfig, "agent", {"max_calls": -1}),
+        (AgentConfig, "agent", {"max_observation_tokens": 0}),
+        (ToolsConfig, "tools", {"workers": 0}),
+        (ToolsConfig, "tools", {"timeout_seconds": -1.0}),
+        (ToolsConfig, "tools", {"memory_mb": 0}),
+        (RolloutConfig, "rollout", {"chunk": 0}),
+        (RolloutConfig, "rollout", {"capacity": 0}),
+        (RolloutConfig, "rollout", {"prefill_rows": 0}),
+        (RolloutConfig, "rollout", {"return_early": 0.0}),
+        (RolloutConfig, "rollout", {"prompt_shapes": ()}),
+        (AlgorithmConfig, "algorithm", {"w_tool": -0.1}),
+        (OptimizerConfig, "optimizer", {"b2": 1.0}),
+        (OptimizerConfig, "optimizer", {"clip_norm": 0.0}),
+        (RLTrainConfig, "train", {"steps": -5}),
+        (RLTrainConfig, "train", {"micro_batch_rows": 0}),
+        (RLTrainConfig, "train", {"mini_batches": 3}),
+        (SFTTrainConfig, "train", {"batch_size": 0}),
+        (SFTTrainConfig, "train", {"keep_checkpoints": 0}),
+    ],
+)
+def test_impossible_settings_are_refused(kind: Any, prefix, settings):
+    ((name, value),) = settings.items()
+    required = {"path": "data"} if kind is DataConfig else {}
+    with pytest.raises(ConfigError, match=rf"^{prefix}\.{name} is .*; expected ") as caught:
+        kind(**required, **settings)
+    assert repr(value) in str(caught.value)
+
+
+def test_every_config_of_the_tree_is_sound():
+    modules = {"metis_8b": metis_8b, "signs_hdpo": signs_hdpo, "signs_read": signs_read, "signs_sft": signs_sft}
+    assert sorted(modules) == sorted(config_names())
+    for module in modules.values():
+        module.get_config()
+
+
+@pytest.mark.parametrize(
+    ("part", "settings", "said"),
+    [
+        # The longest trajectory: 24,576 + 1 prompt tokens and 16,384 of response.
+        ("train", {"row_tokens": 40_960}, "train.row_tokens is 40960; expected at least 40961"),
+        # Images: 65,536 patches of the prompt, and 4 for each of 16,384 tokens.
+        ("train", {"row_patches": 65_536}, "train.row_patches is 65536; expected at least 131072"),
+        ("agent", {"max_observation_tokens": 8_193}, "max_observation_tokens is 8193; expected at most 8192"),
+    ],
+)
+def test_a_run_that_could_meet_a_trajectory_without_room_is_refused(part, settings, said):
+    config = metis_8b.get_config()
+    assert isinstance(config, RLConfig)
+    with pytest.raises(ConfigError, match=said):
+        replace(config, **{part: replace(getattr(config, part), **settings)})
