@@ -24,7 +24,7 @@ def bubblewrap_problem() -> str | None:
     if shutil.which("bwrap") is None:
         return "bubblewrap is not installed (apt-get install bubblewrap)"
     probe = ["bwrap", "--unshare-all", "--ro-bind", "/", "/", "--dev", "/dev", "true"]
-    outcome = subprocess.run(probe, capture_output=True, text=True, timeout=30, check=False)
+    outcome = subprocess.run(probe, capture_output=True, text=True, timeout=120, check=False)
     return None if outcome.returncode == 0 else f"bubblewrap does not work here: {outcome.stderr.strip()}"
 
 

@@ -59,7 +59,7 @@ def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str], status: in
 
 def test_help_lists_every_command_and_waits_for_no_accelerator():
     code = "import sys; from hdpo_jax.cli import main; main(['--help']); sys.exit('jax' in sys.modules)"
-    outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
     assert outcome.returncode == 0, outcome.stderr
     for name in [*commands.COMMANDS, *commands.RUNS]:
         assert f"\n  {name} " in outcome.stdout
@@ -75,7 +75,7 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]):
 
 def test_module_runs_as_a_program():
     outcome = subprocess.run(
-        [sys.executable, "-m", "hdpo_jax", "nonsense"], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-m", "hdpo_jax", "nonsense"], capture_output=True, text=True, timeout=300, check=False
     )
     assert outcome.returncode == 2
     assert outcome.stderr.startswith("hdpo: there is no command 'nonsense'; expected one of sft, train, ")
@@ -154,7 +154,7 @@ def test_refusal_on_a_terminal_is_plain_too(config: Path):
     script = f"{sys.executable} -m hdpo_jax train {config} --train.stepz 5"
     command = ["script", "-qec", script, "/dev/null"]
     outcome = subprocess.run(
-        command, capture_output=True, text=True, timeout=60, check=False, env=os.environ | {"TERM": "xterm"}
+        command, capture_output=True, text=True, timeout=300, check=False, env=os.environ | {"TERM": "xterm"}
     )
     assert outcome.returncode == 2
     assert outcome.stdout.startswith("hdpo: Unrecognized options: --train.stepz, 5; there is --train.steps INT; see ")

@@ -7,7 +7,7 @@ SCRIPT = Path(__file__).resolve().parent.parent / "launch" / "cpu_mesh.sh"
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([SCRIPT, *arguments], capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run([SCRIPT, *arguments], capture_output=True, text=True, timeout=300, check=False)
 
 
 def test_cpu_mesh_gives_as_many_devices_as_asked_for(tmp_path: Path):

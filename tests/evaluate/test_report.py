@@ -37,7 +37,7 @@ def rendered_by_chromium(path: Path, profile: Path) -> tuple[str, str]:
     flags = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run")
     command = [browser, *flags, f"--user-data-dir={profile}", "--enable-logging=stderr", "--virtual-time-budget=10000"]
     command += ["--window-size=1280,2400", "--dump-dom", path.as_uri()]
-    outcome = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    outcome = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     console = "\n".join(line for line in outcome.stderr.splitlines() if "CONSOLE" in line)
     return outcome.stdout, console
 

@@ -84,7 +84,7 @@ def test_plain_words_and_codes_neither_import_sympy_nor_start_a_process():
         "assert m._processes.cache_info().currsize == 0\n"
         "assert not {'sympy', 'math_verify', 'jax'} & set(sys.modules)\n"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=300)
 
 
 def test_long_expressions_are_not_judged():

@@ -53,7 +53,7 @@ def test_two_processes():
         for index in range(2)
     ]
     try:
-        outcomes = [worker.communicate(timeout=120) for worker in workers]
+        outcomes = [worker.communicate(timeout=300) for worker in workers]
     finally:
         for worker in workers:
             worker.kill()

@@ -28,7 +28,7 @@ def python_tool(box: ToolBox) -> PythonTool:
 
 def hasty(box: ToolBox, config: ToolsConfig, images: list[bytes]) -> PythonSession:
     """A session whose calls time out soon."""
-    config = dataclasses.replace(config, timeout_seconds=0.5)
+    config = dataclasses.replace(config, timeout_seconds=1.0)
     return PythonSession(config, python_tool(box).server, threading.BoundedSemaphore(), images)
 
 
@@ -201,10 +201,10 @@ def test_a_slow_call_is_interrupted_and_keeps_its_state(box, config, picture):
     session.call({"code": "x = 1"})
     start = time.monotonic()
     observation = session.call({"code": "import time\nprint('before')\ntime.sleep(60)"})
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 30
     assert not observation.ok and not observation.lost
     assert observation.text.startswith("before\n")
-    assert observation.text.endswith("[The code ran longer than 0.5 s and was interrupted. Variables are kept.]")
+    assert observation.text.endswith("[The code ran longer than 1 s and was interrupted. Variables are kept.]")
     assert session.call({"code": "x"}).text == "1"
     session.close()
 
@@ -215,7 +215,7 @@ def test_code_that_ignores_interrupts_is_killed_and_the_text_says_so(box, config
     start = time.monotonic()
     code = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nwhile True: pass"
     observation = session.call({"code": code})
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 30
     assert "did not react" in observation.text and "All variables are lost" in observation.text
     assert session.call({"code": "image_1.size"}).text == "(120, 80)"
     assert "NameError" in session.call({"code": "x"}).text
@@ -271,7 +271,7 @@ time.sleep(60)
 """
     start = time.monotonic()
     observation = session.call({"code": code})
-    assert time.monotonic() - start < 20 and not observation.ok
+    assert time.monotonic() - start < 30 and not observation.ok
     assert session.call({"code": "1 + 1"}).text == "2"
     session.close()
 

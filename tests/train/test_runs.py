@@ -17,7 +17,7 @@ from hdpo_jax.data.signs import SignsConfig, cold_start_texts, write_signs
 from hdpo_jax.data.signs_config import ColdStartPhase
 from hdpo_jax.data.tiny_checkpoint import write_tiny_checkpoint
 
-pytestmark = [pytest.mark.slow, pytest.mark.requires_bwrap]
+pytestmark = [pytest.mark.slow, pytest.mark.requires_bwrap, pytest.mark.timeout(1800)]
 
 ROOT = Path(__file__).parents[2]
 STEPS, EVERY = 12, 5
