@@ -9,10 +9,6 @@ from sharding.mesh import MeshAxes
 Dtype = Literal["bfloat16", "float32"]
 
 
-PATCHES_PER_TOKEN = 4
-"""Qwen3-VL merges 2 x 2 image patches into the features of one token."""
-
-
 class ConfigError(ValueError):
     """A setting is missing, unknown or out of range; the message names it and says what to do."""
 
@@ -75,9 +71,12 @@ class AgentConfig:
     """Tokens after the prompt, observations included."""
     max_observation_tokens: int = 8_192
     """Tokens of one observation, chat wrapper included; a longer one loses images from the end, then its middle."""
+    call_seconds: float = 120.0
+    """A tool call that has not answered by then is given up: the policy sees an error, and goes on."""
 
     def __post_init__(self):
         _at_least(self, "agent", 0, "max_calls")
+        _more_than_zero(self, "agent", "call_seconds")
         _at_least(self, "agent", 1, "max_response_tokens", "max_observation_tokens")
 
 
@@ -106,36 +105,74 @@ class ToolsConfig:
 class RolloutConfig:
     slots: int = 64
     """Trajectories that decode at a time."""
+    in_flight: int = 0
+    """Trajectories under way at a time, those that wait for tools included; 0: twice the slots."""
     capacity: int = 41_984
-    """Tokens a slot can hold: prompt and response."""
+    """Tokens of a trajectory, at most: prompt and response."""
+    patches: int = 131_072
+    """Image patches of a trajectory, at most."""
+    page: int = 64
+    """Tokens in a page of the key-value cache."""
+    pages: int = 0
+    """Pages in the cache; 0: as many as fill every slot to its capacity. With fewer, what waits longest for a tool
+    is computed anew when they run out."""
     chunk: int = 64
     """Decode steps between two looks of the host, at most."""
     return_early: float = 0.25
     """Share of the running slots that may wait for the host before a chunk ends early."""
     gather_seconds: float = 0.05
-    """How long a batch in which most slots wait for tools waits for their answers before it decodes without them."""
+    """How long the host waits for tools while less than half the slots can decode, before it decodes without them."""
+    shapes: tuple[tuple[int, int, int], ...] = (
+        (8, 256, 0),
+        (8, 1_024, 0),
+        (2, 1_024, 4_096),
+        (2, 4_096, 16_384),
+        (1, 8_192, 32_768),
+    )
+    """Static sizes (rows, tokens, image patches) in which prompts and observations are computed: each in the first
+    that holds it, what no size holds in parts."""
+    longest_first: bool = True
+    """Prompts whose rollouts were long before start first."""
     temperature: float = 1.0
     top_k: int = 0
     """0: no truncation."""
     top_p: float = 1.0
-    prefill_rows: int = 8
-    """Prompts computed at a time."""
-    append_rows: int = 8
-    """Observations computed at a time."""
-    prompt_shapes: tuple[tuple[int, int], ...] = ((1_024, 0), (4_096, 16_384), (24_576, 65_536))
-    """Static sizes (tokens, image patches) that a prompt is padded to; the first that holds it is taken."""
-    observation_shapes: tuple[tuple[int, int], ...] = ((256, 0), (2_048, 0), (5_376, 20_480), (8_192, 32_768))
-    """The same for observations."""
+    min_p: float = 0.0
+    """Tokens less likely than this share of the likeliest are left out; 0: none."""
+    force_end: bool = False
+    """Write the end of the turn, unsampled, as the last token of a spent budget."""
 
     def __post_init__(self):
-        _at_least(self, "rollout", 1, "slots", "capacity", "chunk", "prefill_rows", "append_rows")
-        _at_least(self, "rollout", 0, "gather_seconds", "temperature", "top_k")
-        _require(0 < self.return_early <= 1, "rollout.return_early", self.return_early, "a share in (0, 1]")
-        _require(0 < self.top_p <= 1, "rollout.top_p", self.top_p, "a share in (0, 1]")
-        for name in ("prompt_shapes", "observation_shapes"):
-            shapes = getattr(self, name)
-            sound = len(shapes) > 0 and all(tokens > 0 and patches >= 0 for tokens, patches in shapes)
-            _require(sound, f"rollout.{name}", shapes, "pairs (tokens > 0, patches >= 0), at least one")
+        _at_least(self, "rollout", 1, "slots", "capacity", "page", "chunk")
+        _at_least(self, "rollout", 0, "in_flight", "patches", "pages", "gather_seconds", "temperature", "top_k")
+        for name in ("return_early", "top_p"):
+            _require(0 < getattr(self, name) <= 1, f"rollout.{name}", getattr(self, name), "a share in (0, 1]")
+        _require(0 <= self.min_p < 1, "rollout.min_p", self.min_p, "a share in [0, 1)")
+        sound = all(rows > 0 < tokens and patches >= 0 for rows, tokens, patches in self.shapes)
+        sizes = [shape[1:] for shape in self.shapes]
+        _require(
+            len(sizes) > 0 and sound and sizes == sorted(sizes),
+            "rollout.shapes",
+            self.shapes,
+            "triples (rows > 0, tokens > 0, patches >= 0) by tokens and patches, at least one",
+        )
+        least = self.pages_a_row + 1
+        _require(self.pages == 0 or self.pages >= least, "rollout.pages", self.pages, f"0, or at least {least}")
+
+    @property
+    def pages_a_row(self) -> int:
+        """Pages of a trajectory at its capacity."""
+        return -(-self.capacity // self.page)
+
+    @property
+    def image_patches(self) -> int:
+        """Patches of one image, at most: an image is computed in one piece."""
+        return min(self.patches, max(patches for _, _, patches in self.shapes))
+
+    def pages_per_lane(self, lanes: int) -> int:
+        """Pages in each of so many parts of the mesh, page 0 included, which belongs to nobody."""
+        pages = self.pages or self.slots * self.pages_a_row
+        return 1 + max(-(-pages // lanes), self.pages_a_row + 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,33 +297,7 @@ class RLConfig:
     train: RLTrainConfig = field(default_factory=RLTrainConfig)
 
     def __post_init__(self):
-        """The static sizes hold whatever the budgets allow: else a run would end in the middle, over one trajectory."""
-        require_observations_fit(self.agent, self.rollout)
-        prompt_tokens = max(tokens for tokens, _ in self.rollout.prompt_shapes) + 1
-        tokens = min(self.rollout.capacity, prompt_tokens + self.agent.max_response_tokens)
-        _require(
-            self.train.row_tokens >= tokens,
-            "train.row_tokens",
-            self.train.row_tokens,
-            f"at least {tokens}, for the longest trajectory that agent.* and rollout.* allow",
-        )
-        shown = max(patches for _, patches in self.rollout.observation_shapes)
-        patches = max(patches for _, patches in self.rollout.prompt_shapes)
-        patches += min(self.agent.max_calls * shown, PATCHES_PER_TOKEN * self.agent.max_response_tokens)
-        _require(
-            self.train.row_patches >= patches,
-            "train.row_patches",
-            self.train.row_patches,
-            f"at least {patches}, for the images of one trajectory that agent.* and rollout.* allow",
-        )
-
-
-def require_observations_fit(agent: AgentConfig, rollout: RolloutConfig) -> None:
-    """Raises ConfigError where a long observation has no static shape: it would end its trajectory."""
-    largest = max(tokens for tokens, _ in rollout.observation_shapes)
-    _require(
-        agent.max_observation_tokens <= largest,
-        "agent.max_observation_tokens",
-        agent.max_observation_tokens,
-        f"at most {largest}, the longest of rollout.observation_shapes",
-    )
+        """Rows hold whatever the budgets allow: else a run would end in the middle, over one trajectory."""
+        for name, least in (("row_tokens", self.rollout.capacity), ("row_patches", self.rollout.patches)):
+            found = getattr(self.train, name)
+            _require(found >= least, f"train.{name}", found, f"at least {least}, which rollout.* allows a trajectory")

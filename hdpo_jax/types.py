@@ -82,7 +82,10 @@ class Trajectory:
     sampled: Bool[np.ndarray, " tokens"]
     """Which tokens the policy sampled; the rest is prompt, chat wrapper and observations."""
     logprobs: Float[np.ndarray, " tokens"]
-    """The sampler's log-probabilities of the sampled tokens at the sampling temperature; 0 elsewhere."""
+    """The sampler's log-probabilities of the sampled tokens under the policy: at the sampling temperature, nothing
+    truncated; 0 elsewhere."""
+    sampled_logprobs: Float[np.ndarray, " tokens"]
+    """The same under the distribution that the tokens were drawn from: truncated by top-k, top-p and min-p."""
     prompt_length: int
     images: Sequence[EncodedImage]
     """The prompt's images, then those of observations, in token order."""

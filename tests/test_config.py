@@ -33,9 +33,13 @@ from hdpo_jax.config_files import config_names
         (ToolsConfig, "tools", {"memory_mb": 0}),
         (RolloutConfig, "rollout", {"chunk": 0}),
         (RolloutConfig, "rollout", {"capacity": 0}),
-        (RolloutConfig, "rollout", {"prefill_rows": 0}),
+        (RolloutConfig, "rollout", {"shapes": ((0, 64, 0),)}),
+        (RolloutConfig, "rollout", {"shapes": ((8, 64, 0), (8, 32, 0))}),
+        (RolloutConfig, "rollout", {"page": 0}),
+        (RolloutConfig, "rollout", {"pages": 100}),
+        (RolloutConfig, "rollout", {"min_p": 1.0}),
         (RolloutConfig, "rollout", {"return_early": 0.0}),
-        (RolloutConfig, "rollout", {"prompt_shapes": ()}),
+        (RolloutConfig, "rollout", {"shapes": ()}),
         (AlgorithmConfig, "algorithm", {"w_tool": -0.1}),
         (OptimizerConfig, "optimizer", {"b2": 1.0}),
         (OptimizerConfig, "optimizer", {"clip_norm": 0.0}),
@@ -65,10 +69,9 @@ def test_every_config_of_the_tree_is_sound():
     ("part", "settings", "said"),
     [
         # The longest trajectory: 24,576 + 1 prompt tokens and 16,384 of response.
-        ("train", {"row_tokens": 40_960}, "train.row_tokens is 40960; expected at least 40961"),
+        ("train", {"row_tokens": 40_960}, "train.row_tokens is 40960; expected at least 41984"),
         # Images: 65,536 patches of the prompt, and 4 for each of 16,384 tokens.
         ("train", {"row_patches": 65_536}, "train.row_patches is 65536; expected at least 131072"),
-        ("agent", {"max_observation_tokens": 8_193}, "max_observation_tokens is 8193; expected at most 8192"),
     ],
 )
 def test_a_run_that_could_meet_a_trajectory_without_room_is_refused(part, settings, said):

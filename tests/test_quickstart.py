@@ -35,7 +35,7 @@ def in_small(monkeypatch):
         train = replace(config.train, steps=2, micro_batch_rows=2, max_rows=8)
         if hasattr(train, "batch_size"):
             return replace(config, train=replace(train, batch_size=4))
-        rollout = replace(config.rollout, slots=4, prefill_rows=2, append_rows=2)
+        rollout = replace(config.rollout, slots=4)
         train = replace(train, prompts_per_step=2, group_size=2, dump_every=1)
         return replace(config, train=train, rollout=rollout)
 

@@ -17,7 +17,10 @@ from hdpo_jax.train.policy import Policy, load_policy
 from hdpo_jax.types import Prompt, ToolCall, Trajectory
 from sharding.mesh import MeshAxes
 
-SLOTS = 16
+SLOTS, ROWS = 16, 4
+MAX_PIECE = 1_024
+"""Tokens of a prompt that are computed at a time."""
+PAGE = 32
 
 
 def generate_file(
@@ -43,7 +46,7 @@ def generate_file(
         agent = AgentConfig(
             max_response_tokens=max_new_tokens,
             max_calls=10 if tools else 0,
-            max_observation_tokens=rollout.observation_shapes[-1][0],
+            max_observation_tokens=_power_of_two(max_new_tokens),
         )
         sampler = policy.sampler(toolbox, agent=agent, rollout=rollout, seed=seed)
         prompts = [
@@ -87,24 +90,27 @@ def _calls(text: str) -> list[ToolCall]:
 
 
 def _rollout_for(
-    policy: Policy, conversations: Sequence[GivenMessages], new_tokens: int, temperature: float, *, with_tools: bool
+    policy: Policy, conversations: Sequence[GivenMessages], max_new_tokens: int, temperature: float, *, with_tools: bool
 ) -> RolloutConfig:
-    """Static shapes that fit these conversations: the next powers of two, text and images apart."""
+    """Static shapes that fit these conversations: powers of two, text and images apart."""
     sizes = []
     for conversation in conversations:
         encoded = encode_given(policy.processor, conversation)
         sizes.append((len(encoded.token_ids), sum(len(image.patches) for image in encoded.images)))
-    shapes = {(_power_of_two(tokens), _power_of_two(patches) if patches else 0) for tokens, patches in sizes}
-    merge = policy.model.config.vision.spatial_merge_size**2
-    room = _power_of_two(new_tokens)  # an observation takes no more than a whole response
+    tokens, patches = (max(size) for size in zip(*sizes, strict=True))
+    rows, length = min(ROWS, len(conversations)), min(MAX_PIECE, _power_of_two(tokens))
+    # What tools show is bounded by the response's tokens, which four patches each are merged into.
+    shown = policy.model.config.vision.spatial_merge_size**2 * max_new_tokens if with_tools else 0
     return RolloutConfig(
         slots=min(SLOTS, len(conversations)),
-        capacity=max(tokens for tokens, _ in sizes) + new_tokens,
-        prefill_rows=min(4, len(conversations)),
-        append_rows=min(4, len(conversations)),
+        capacity=tokens + max_new_tokens,
+        patches=patches + shown,
+        page=PAGE,
+        shapes=(
+            (rows, length, 0),
+            *([(rows, length, _power_of_two(max(patches, shown)))] if patches + shown else []),
+        ),
         temperature=temperature,
-        prompt_shapes=tuple(sorted(shapes)),
-        observation_shapes=((room, 0), (room, merge * room)) if with_tools else ((room, 0),),
     )
 
 

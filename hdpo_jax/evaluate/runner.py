@@ -21,8 +21,8 @@ from hdpo_jax.evaluate.convert import export_hf
 from hdpo_jax.files import write_text_atomically
 from hdpo_jax.rewards import score_trajectory
 from hdpo_jax.rewards.outcomes import Outcome, outcome, summarise
-from hdpo_jax.rollout.agent import Sampler
 from hdpo_jax.rollout.prompts import PromptEncoder
+from hdpo_jax.rollout.sampler import Sampler
 from hdpo_jax.tools.toolbox import ToolBox
 from hdpo_jax.train.dumps import trajectory_record, write_records
 from hdpo_jax.train.policy import load_policy

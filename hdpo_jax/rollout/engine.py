@@ -1,14 +1,14 @@
-"""Rollout programs: pure functions over one `RolloutState`, jitted and donated.
+"""Rollout programs: pure functions of a key-value cache, jitted, the cache donated from each to the next.
 
-    prefill   prompts (ids, images) -> their keys and values
-    fork      a computed prompt -> any number of slots
-    decode    up to N tokens in every live slot; leaves early when enough slots need the host
-    append    an observation (ids, images) -> a live slot; the turns before it stay cached
-    release   all slots free again, whatever they held
+    extend    parts of prompts and observations (ids, images) -> their keys and values, in the pages of their rows
+    copy      pages -> pages: the last, half full page of a prompt, for each rollout that goes on from it
+    decode    up to N tokens in every running slot; leaves early when enough slots need the host
 
-A slot holds `length` tokens. All but the last are in the cache; the last is *pending*: the next decode step
-feeds it, so prefill, fork and append hand over in the same way. Feeding a pending token twice writes the same
-keys and values to the same place, so slots that wait for a tool ride along in decode unharmed.
+Nothing but the cache stays on the device. What a slot is going on with (`Running`) is known to the host, small, and
+sent along with every call, so a trajectory may leave its slot while a tool runs and go on in another.
+
+A running slot holds `length` tokens. All but the last are in the cache; the last is *pending*: the next step feeds it.
+A slot that has stopped is fed its pending token again and again, which writes the same values to the same place.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,83 +22,82 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from hdpo_jax.config import RolloutConfig
-from hdpo_jax.rollout import cache as kv
 from hdpo_jax.rollout.sampling import sample
 from models.qwen3_vl import KVCache, PackedImages, Qwen3VLConfig
 from sharding.rules import constrain
 
 
-class RolloutState(NamedTuple):
-    """Everything a decode step needs of every slot."""
-
-    cache: KVCache
-    pending: Int[Array, " slots"]
-    length: Int[Array, " slots"]
-    """Tokens in the slot, the pending one included."""
-    limit: Int[Array, " slots"]
-    """Length at which the trajectory's token budget is spent."""
-    offset: Int[Array, " slots"]
-    """M-RoPE position minus cache index: images take fewer positions than tokens."""
-    keys: Int[Array, "slots 2"]
-    """The trajectory's RNG key data."""
-    active: Bool[Array, " slots"]
-    """Decoding; False while free or waiting for the host."""
-
-
-class Admission(NamedTuple):
-    """Which prompt each slot takes; arrays over slots, static in shape."""
-
-    source: Int[Array, " slots"]
-    """Row of the prefilled prompts; -1 leaves the slot as it is."""
-    pending: Int[Array, " slots"]
-    length: Int[Array, " slots"]
-    limit: Int[Array, " slots"]
-    offset: Int[Array, " slots"]
-    identity: Int[Array, "slots 3"]
-    """Step, prompt and sample number: all that the trajectory's randomness depends on beside the seed."""
-
-
 class Extension(NamedTuple):
-    """Observations for some slots; rows that are padding name a slot past the last."""
+    """Parts of rows to compute; rows in the order of lanes, unused ones with a table of zeros."""
 
-    slots: Int[Array, " rows"]
+    table: Int[Array, "rows width"]
     token_ids: Int[Array, "rows tokens"]
-    """The slot's pending token, then the observation without its last token, padded on the right."""
+    """Padded on the right. Padding lands in pages nobody reads, or where the row's next tokens overwrite it."""
     positions: Int[Array, "rows tokens 3"]
-    pending: Int[Array, " rows"]
-    """The observation's last token."""
-    added: Int[Array, " rows"]
-    """Tokens that the observation adds to the slot's length."""
-    offset: Int[Array, " rows"]
+    start: Int[Array, " rows"]
+    """Index of each row's first token here."""
+    images: PackedImages | None
+
+
+class Copies(NamedTuple):
+    """Pages to copy in each lane; 0 to 0 where there are fewer."""
+
+    source: Int[Array, "lanes copies"]
+    target: Int[Array, "lanes copies"]
+
+
+class Running(NamedTuple):
+    """What each slot goes on with; slots in the order of lanes."""
+
+    table: Int[Array, "slots width"]
+    pending: Int[Array, " slots"]
+    length: Int[Array, " slots"]
+    """Tokens of the trajectory, the pending one included."""
+    limit: Int[Array, " slots"]
+    """Length at which its token budget is spent."""
+    offset: Int[Array, " slots"]
+    """M-RoPE position minus index: images take fewer positions than tokens."""
+    identity: Int[Array, "slots 3"]
+    """Step, prompt and sample number: all that its randomness depends on beside the seed."""
+    recent: Int[Array, "slots recent"]
+    """The turn's last tokens, -1 before its first: as many as the longest stop sequence has, less one."""
+    active: Bool[Array, " slots"]
+    """False: nothing in the slot."""
 
 
 class Chunk(NamedTuple):
-    """What a decode call did, in one small transfer."""
+    """What a decode call sampled, on the host; a slot's tokens stand at the front."""
 
-    tokens: Int[Array, "slots chunk"]
-    """-1 where nothing was sampled; a slot's tokens stand at the front."""
-    logprobs: Float[Array, "slots chunk"]
-    active: Bool[Array, " slots"]
+    counts: Int[np.ndarray, " slots"]
+    tokens: Int[np.ndarray, "slots chunk"]
+    logprobs: Float[np.ndarray, "slots chunk"]
+    """Under the policy: temperature applied, nothing truncated. What the trainer recomputes."""
+    sampled_logprobs: Float[np.ndarray, "slots chunk"]
+    """Under the distribution that the token was drawn from, truncated by top-k, top-p and min-p."""
+    ended: Bool[np.ndarray, " slots"]
+    """The slot stopped: at a stop sequence, or at its limit."""
+
+
+Report = Int[Array, "slots fields"]
+"""A `Chunk` as one array of 32-bit words, so that it takes one transfer: count, ended, then three times `chunk`."""
 
 
 @dataclass(frozen=True)
 class Programs:
     """The jitted programs, bound to one model structure and one set of sampling settings."""
 
-    empty_state: Callable[[], RolloutState]
-    prefill: Callable[..., KVCache]
-    fork: Callable[[RolloutState, KVCache, Admission], RolloutState]
-    decode: Callable[[Any, RolloutState], tuple[RolloutState, Chunk]]
-    append: Callable[..., RolloutState]
-    release: Callable[[RolloutState], RolloutState]
+    empty_cache: Callable[[], KVCache]
+    extend: Callable[[nnx.State, KVCache, Extension], KVCache]
+    copy: Callable[[KVCache, Copies], KVCache]
+    decode: Callable[[nnx.State, KVCache, Running], tuple[KVCache, Report]]
 
 
-def trajectory_key(seed: int, identity: Int[Array, " 3"]) -> Int[Array, " 2"]:
-    """Key data of a trajectory: the seed folded with step, prompt and sample."""
+def trajectory_key(seed: int, identity: Int[Array, " 3"]) -> Array:
+    """RNG key of a trajectory: the seed folded with step, prompt and sample."""
     key = jax.random.key(seed)
     for number in (identity[0], identity[1], identity[2]):
         key = jax.random.fold_in(key, number)
-    return jax.random.key_data(key)
+    return key
 
 
 def make_programs(
@@ -106,152 +105,121 @@ def make_programs(
     model_config: Qwen3VLConfig,
     config: RolloutConfig,
     *,
+    lanes: int,
     seed: int,
-    stop_ids: Sequence[int],
+    stops: Sequence[Sequence[int]],
+    end_id: int,
     forbidden: Bool[np.ndarray, " vocab"],
     dtype: jax.typing.DTypeLike,
 ) -> Programs:
     """Programs for a model given as NNX graph definition; each takes its parameters as a plain pytree.
 
-    `stop_ids` end a generation turn; `forbidden` tokens are never sampled; `dtype` is the cache's.
+    `stops` are the token sequences that end a turn; `end_id` is written, not sampled, where a budget ends and
+    `config.force_end` is set; `forbidden` tokens are never sampled; `dtype` is the cache's.
     """
 
-    def empty_state() -> RolloutState:
-        slots = config.slots
-        return _sharded(
-            RolloutState(
-                cache=KVCache.zeros(model_config, slots, config.capacity, dtype),
-                pending=jnp.zeros(slots, jnp.int32),
-                length=jnp.ones(slots, jnp.int32),
-                limit=jnp.zeros(slots, jnp.int32),
-                offset=jnp.zeros(slots, jnp.int32),
-                keys=jnp.zeros((slots, 2), jnp.uint32),
-                active=jnp.zeros(slots, bool),
-            )
+    def empty_cache() -> KVCache:
+        return KVCache.zeros(
+            model_config, pages=config.pages_per_lane(lanes), page=config.page, lanes=lanes, dtype=dtype
         )
 
-    def prefill(
-        params: nnx.State,
-        token_ids: Int[Array, "rows tokens"],
-        positions: Int[Array, "rows tokens 3"],
-        images: PackedImages | None,
-    ) -> KVCache:
-        rows, tokens = token_ids.shape
-        empty = KVCache.zeros(model_config, rows, tokens, dtype)
-        start = jnp.zeros(rows, jnp.int32)
-        _, prompts = nnx.merge(graphdef, params).extend(
-            token_ids, positions=positions, cache=empty, start=start, images=images
+    def extend(params: nnx.State, cache: KVCache, extension: Extension) -> KVCache:
+        _, cache = nnx.merge(graphdef, params).extend(
+            extension.token_ids,
+            positions=extension.positions,
+            cache=cache,
+            table=extension.table,
+            start=extension.start,
+            images=extension.images,
         )
-        return prompts
+        return cache.sharded()
 
-    def fork(state: RolloutState, prompts: KVCache, admission: Admission) -> RolloutState:
-        taken = admission.source >= 0
+    def copy(cache: KVCache, copies: Copies) -> KVCache:
+        return cache.copy_pages(copies.source, copies.target)
 
-        def replace(new: jax.Array, old: jax.Array) -> jax.Array:
-            return jnp.where(jnp.expand_dims(taken, range(1, old.ndim)), new, old)
-
-        keys = jax.vmap(lambda identity: trajectory_key(seed, identity))(admission.identity)
-        return _sharded(
-            RolloutState(
-                cache=kv.copy_prompts(state.cache, prompts, admission.source),
-                pending=replace(admission.pending, state.pending),
-                length=replace(admission.length, state.length),
-                limit=replace(admission.limit, state.limit),
-                offset=replace(admission.offset, state.offset),
-                keys=replace(keys, state.keys),
-                active=taken | state.active,
-            )
-        )
-
-    def decode(params: nnx.State, state: RolloutState) -> tuple[RolloutState, Chunk]:
+    def decode(params: nnx.State, cache: KVCache, running: Running) -> tuple[KVCache, Report]:
         model = nnx.merge(graphdef, params)
-        slots = state.pending.shape[0]
-        at_start = state.active
-        enough = jnp.ceil(config.return_early * at_start.sum())
-        stops = jnp.asarray(stop_ids, jnp.int32)
+        running = Running(*(constrain(field, "slots", *[None] * (field.ndim - 1)) for field in running))
+        slots = running.pending.shape[0]
+        keys = jax.vmap(lambda identity: trajectory_key(seed, identity))(running.identity)
+        enough = jnp.ceil(config.return_early * running.active.sum())
 
-        def goes_on(carry: tuple[Int[Array, ""], RolloutState, Chunk]) -> Bool[Array, ""]:
-            step, now, _ = carry
-            waiting = (at_start & ~now.active).sum()
-            return (step < config.chunk) & now.active.any() & ((waiting < enough) | (step == 0))
+        def goes_on(carry: tuple[Array, KVCache, Running, Array]) -> Bool[Array, ""]:
+            step, _, now, _ = carry
+            stopped = (running.active & ~now.active).sum()
+            return (step < config.chunk) & now.active.any() & ((stopped < enough) | (step == 0))
 
-        def one_token(
-            carry: tuple[Int[Array, ""], RolloutState, Chunk],
-        ) -> tuple[Int[Array, ""], RolloutState, Chunk]:
-            step, now, chunk = carry
+        def one_token(carry: tuple[Array, KVCache, Running, Array]) -> tuple[Array, KVCache, Running, Array]:
+            step, cache, now, sampled = carry
             index = now.length - 1
-            positions = jnp.broadcast_to((index + now.offset)[:, None, None], (slots, 1, 3))
-            hidden, cache = model.extend(now.pending[:, None], positions=positions, cache=now.cache, start=index)
-            keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(now.keys), now.length)
-            token, logprob = sample(
+            hidden, cache = model.extend(
+                now.pending[:, None],
+                positions=jnp.broadcast_to((index + now.offset)[:, None, None], (slots, 1, 3)),
+                cache=cache,
+                table=now.table,
+                start=index,
+            )
+            token, logprob, sampled_logprob = sample(
                 model.logits(hidden[:, 0]),
-                keys,
+                jax.vmap(jax.random.fold_in)(keys, now.length),
                 jnp.asarray(forbidden),
                 temperature=config.temperature,
                 top_k=config.top_k,
                 top_p=config.top_p,
+                min_p=config.min_p,
             )
             length = now.length + now.active
-            stopped = (token[:, None] == stops).any(axis=1) | (length >= now.limit)
-            chunk = chunk._replace(
-                tokens=chunk.tokens.at[:, step].set(jnp.where(now.active, token, -1)),
-                logprobs=chunk.logprobs.at[:, step].set(jnp.where(now.active, logprob, 0.0)),
+            spent = length >= now.limit
+            if config.force_end:
+                token = jnp.where(spent, end_id, token)
+            recent = jnp.concatenate([now.recent, token[:, None]], axis=1)
+            words = jnp.stack([token, _as_words(logprob), _as_words(sampled_logprob)])
+            return (
+                step + 1,
+                cache.sharded(),
+                now._replace(
+                    pending=jnp.where(now.active, token, now.pending),
+                    length=length,
+                    recent=jnp.where(now.active[:, None], recent[:, 1:], now.recent),
+                    active=now.active & ~(spent | _stopped(recent, stops)),
+                ),
+                sampled.at[:, :, step].set(words),
             )
-            now = now._replace(
-                cache=cache,
-                pending=jnp.where(now.active, token, now.pending),
-                length=length,
-                active=now.active & ~stopped,
-            )
-            return step + 1, _sharded(now), chunk
 
-        nothing = Chunk(
-            tokens=jnp.full((slots, config.chunk), -1, jnp.int32),
-            logprobs=jnp.zeros((slots, config.chunk), jnp.float32),
-            active=state.active,
-        )
-        _, state, chunk = jax.lax.while_loop(goes_on, one_token, (jnp.int32(0), state, nothing))
-        return state, chunk._replace(active=state.active)
-
-    def append(
-        params: nnx.State, state: RolloutState, extension: Extension, images: PackedImages | None
-    ) -> RolloutState:
-        rows = kv.take_rows(state.cache, extension.slots)
-        start = state.length.at[extension.slots].get(mode="clip") - 1
-        _, extended = nnx.merge(graphdef, params).extend(
-            extension.token_ids, positions=extension.positions, cache=rows, start=start, images=images
-        )
-        at = extension.slots
-        return _sharded(
-            state._replace(
-                cache=kv.put_rows(state.cache, extended, at),
-                pending=state.pending.at[at].set(extension.pending, mode="drop"),
-                length=state.length.at[at].add(extension.added, mode="drop"),
-                offset=state.offset.at[at].set(extension.offset, mode="drop"),
-                active=state.active.at[at].set(True, mode="drop"),
-            )
-        )
-
-    def release(state: RolloutState) -> RolloutState:
-        return _sharded(state._replace(active=jnp.zeros_like(state.active)))
+        nothing = jnp.zeros((3, slots, config.chunk), jnp.int32)
+        _, cache, then, sampled = jax.lax.while_loop(goes_on, one_token, (jnp.int32(0), cache, running, nothing))
+        ended = running.active & ~then.active
+        report = [(then.length - running.length)[:, None], ended[:, None].astype(jnp.int32), *sampled]
+        return cache, constrain(jnp.concatenate(report, axis=1), "slots", None)
 
     return Programs(
-        empty_state=jax.jit(empty_state),
-        prefill=jax.jit(prefill),
-        fork=jax.jit(fork, donate_argnums=0),
+        empty_cache=jax.jit(empty_cache),
+        extend=jax.jit(extend, donate_argnums=1),
+        copy=jax.jit(copy, donate_argnums=0),
         decode=jax.jit(decode, donate_argnums=1),
-        append=jax.jit(append, donate_argnums=1),
-        release=jax.jit(release, donate_argnums=0),
     )
 
 
-def _sharded(state: RolloutState) -> RolloutState:
-    """The state with its slots spread over the mesh, so that every program hands it over in the same layout."""
-    return RolloutState(
-        cache=kv.sharded(state.cache),
-        **{name: constrain(value, "slots", *[None] * (value.ndim - 1)) for name, value in _rest(state).items()},
+def read_report(report: Int[np.ndarray, "slots fields"]) -> Chunk:
+    """What `decode` reported, with its words as what they are."""
+    words = np.ascontiguousarray(report[:, 2:])
+    tokens, logprobs, sampled_logprobs = np.split(words, 3, axis=1)
+    return Chunk(
+        counts=report[:, 0],
+        tokens=tokens,
+        logprobs=np.ascontiguousarray(logprobs).view(np.float32),
+        sampled_logprobs=np.ascontiguousarray(sampled_logprobs).view(np.float32),
+        ended=report[:, 1].astype(bool),
     )
 
 
-def _rest(state: RolloutState) -> dict[str, jax.Array]:
-    return {name: value for name, value in state._asdict().items() if name != "cache"}
+def _as_words(values: Float[Array, " slots"]) -> Int[Array, " slots"]:
+    return jax.lax.bitcast_convert_type(values.astype(jnp.float32), jnp.int32)
+
+
+def _stopped(recent: Int[Array, "slots recent"], stops: Sequence[Sequence[int]]) -> Bool[Array, " slots"]:
+    """Whether a slot's tokens end in one of the sequences."""
+    found: Any = jnp.zeros(len(recent), bool)
+    for stop in stops:
+        found |= (recent[:, -len(stop) :] == jnp.asarray(stop, jnp.int32)).all(axis=1)
+    return found

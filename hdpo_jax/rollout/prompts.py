@@ -1,6 +1,8 @@
-"""Prompts as the model gets them: token ids, positions, patches, and the static shape that holds them."""
+"""Prompts as the model gets them: token ids, positions, patches; encoded ahead of their turn."""
 
+from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,9 +15,12 @@ from models.qwen3_vl import EncodedImage
 from models.qwen3_vl.images import mrope_positions
 from models.qwen3_vl.processing import Processor, load_image
 
+ENCODERS = 2
+"""Threads that encode prompts ahead of their turn."""
+
 
 class PromptTooLong(ValueError):
-    """A prompt has more tokens or image patches than any of `rollout.prompt_shapes` holds."""
+    """A prompt has more tokens or image patches than a trajectory, or a static shape, holds."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -26,8 +31,6 @@ class Question:
     token_ids: Int[np.ndarray, " tokens"]
     positions: Int[np.ndarray, "tokens 3"]
     images: Sequence[EncodedImage]
-    shape: tuple[int, int]
-    """Static tokens and patches that it is padded to."""
 
     @property
     def nbytes(self) -> int:
@@ -60,23 +63,51 @@ class PromptEncoder:
         encoded = self._processor.encode_messages(prompt.messages, images)
         grids = [image.grid for image in encoded.images]
         positions, _ = mrope_positions(encoded.token_ids, grids, self._processor.config)
-        tokens, patches = len(encoded.token_ids), count_patches(encoded.images)
-        shape = shape_for(self._config.prompt_shapes, tokens - 1, patches)
-        if tokens >= self._config.capacity or shape is None:
-            raise PromptTooLong(
-                f"prompt {prompt.id} has {tokens} tokens and {patches} image patches; expected at most one of "
-                f"rollout.prompt_shapes {list(self._config.prompt_shapes)} and fewer than rollout.capacity "
-                f"{self._config.capacity} tokens"
-            )
-        return Question(
-            prompt=prompt, token_ids=encoded.token_ids, positions=positions, images=encoded.images, shape=shape
-        )
+        self._require_room(prompt, len(encoded.token_ids), [len(image.patches) for image in encoded.images])
+        return Question(prompt=prompt, token_ids=encoded.token_ids, positions=positions, images=encoded.images)
+
+    def _require_room(self, prompt: Prompt, tokens: int, patches: Sequence[int]) -> None:
+        config = self._config
+        largest = max(patches, default=0)
+        for found, what, most, setting in (
+            (tokens, "tokens", config.capacity - 1, "rollout.capacity"),
+            (sum(patches), "image patches", config.patches, "rollout.patches"),
+            (largest, "patches in one image", config.image_patches, "rollout.shapes"),
+        ):
+            if found > most:
+                raise PromptTooLong(f"prompt {prompt.id} has {found} {what}; expected at most {most} ({setting})")
+
+
+class Intake:
+    """Encoded prompts in the order in which they are to start; those `ahead` are encoded while others run."""
+
+    def __init__(self, encode: PromptEncoder, prompts: Sequence[Prompt], order: Sequence[int], *, ahead: int):
+        self._encode = encode
+        self._prompts = prompts
+        self._ahead = ahead
+        # A pool of its own: a prompt that is to fill a slot does not wait in line behind tool calls.
+        self._pool = ThreadPoolExecutor(ENCODERS, thread_name_prefix="encode")
+        self._waiting = deque(order)
+        self._encoding: deque[tuple[int, Future[Question]]] = deque()
+        self._look_ahead()
+
+    def __len__(self) -> int:
+        return len(self._waiting) + len(self._encoding)
+
+    def pop(self) -> tuple[int, Question]:
+        """The next prompt's number, and the prompt. Raises what its encoding raised."""
+        number, question = self._encoding.popleft()
+        self._look_ahead()
+        return number, question.result()
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def _look_ahead(self) -> None:
+        while self._waiting and len(self._encoding) < self._ahead:
+            number = self._waiting.popleft()
+            self._encoding.append((number, self._pool.submit(self._encode, self._prompts[number])))
 
 
 def count_patches(images: Sequence[EncodedImage]) -> int:
     return sum(len(image.patches) for image in images)
-
-
-def shape_for(shapes: Sequence[tuple[int, int]], tokens: int, patches: int) -> tuple[int, int] | None:
-    """The first static shape that holds so many tokens and patches; None where none does."""
-    return next((shape for shape in shapes if tokens <= shape[0] and patches <= shape[1]), None)

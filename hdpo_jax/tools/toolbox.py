@@ -92,9 +92,9 @@ class Session:
         try:
             return session.call(call.arguments)
         except Exception:
-            # Not the policy's fault: the rollout is dropped, the run goes on, the log has the traceback.
+            # An error like any other to the policy; the log has the traceback for whoever wrote the tool.
             logger.exception("the %s tool failed", call.name)
-            return Observation(text=f"The {call.name} tool failed.", ok=False, lost=True)
+            return Observation(text=f"The {call.name} tool failed.", ok=False)
 
     def close(self) -> None:
         """Frees what the trajectory's tools hold, and ends every process that its code started."""

@@ -11,8 +11,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from hdpo_jax.config import AgentConfig, ConfigError, ModelConfig, RolloutConfig
-from hdpo_jax.rollout.agent import Sampler
 from hdpo_jax.rollout.prompts import PromptEncoder
+from hdpo_jax.rollout.sampler import Sampler
 from hdpo_jax.tools.toolbox import ToolBox
 from models.qwen3_vl import Qwen3VL, load_hf
 from models.qwen3_vl.processing import Processor

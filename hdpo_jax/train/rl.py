@@ -13,9 +13,9 @@ from hdpo_jax.config import RLConfig
 from hdpo_jax.data.prompts import PromptDataset
 from hdpo_jax.rewards import Verdict, score_trajectory
 from hdpo_jax.rewards.outcomes import outcome, summarise
-from hdpo_jax.rollout.agent import RolloutStats
 from hdpo_jax.rollout.packing import group_family, padding_share
 from hdpo_jax.rollout.prompts import PromptEncoder
+from hdpo_jax.rollout.sampler import RolloutStats
 from hdpo_jax.tools.toolbox import ToolBox
 from hdpo_jax.train.batching import RowBatcher
 from hdpo_jax.train.dumps import rollouts_path, trajectory_record, write_records
@@ -139,9 +139,12 @@ def rollout_metrics(
         "rollout/dropped": len(trajectories) - len(kept),
         "rollout/tokens": float(np.mean([trajectory.sampled.sum() for trajectory in trajectories])),
         "rollout/out_of_budget": sum(trajectory.stop is StopReason.TOKEN_BUDGET for trajectory in kept) / count,
-        "rollout/occupancy": stats.sampled_tokens / max(stats.slot_steps, 1),
-        "time/prefill": stats.prefill_seconds,
+        "rollout/occupancy": stats.occupancy,
+        "rollout/chunks": stats.chunks,
+        "rollout/computed_tokens": stats.computed_tokens,
+        "rollout/evictions": stats.evictions,
+        "rollout/peak_pages": stats.peak_pages,
+        "time/extend": stats.extend_seconds,
         "time/decode": stats.decode_seconds,
-        "time/append": stats.append_seconds,
         "time/tools_waited": stats.wait_seconds,
     }

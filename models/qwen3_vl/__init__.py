@@ -1,11 +1,11 @@
 """Qwen3-VL, dense: decoder, vision tower with deepstack, Hugging Face checkpoints in and out."""
 
+from models.qwen3_vl.cache import KVCache
 from models.qwen3_vl.config import Qwen3VLConfig, TextConfig, VisionConfig
 from models.qwen3_vl.huggingface import load_hf, read_config, save_hf
 from models.qwen3_vl.images import EncodedImage, PackedImages
 from models.qwen3_vl.model import Qwen3VL
 from models.qwen3_vl.stored import CheckpointError
-from models.qwen3_vl.text import KVCache
 
 __all__ = [
     "CheckpointError",

@@ -1,16 +1,18 @@
 """Attention: one function; who sees whom is told by ids and indices, not by a mask in memory."""
 
-import math
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from models.qwen3_vl.cache import KVCache, by_lane
+
 # Finite, so that a query that sees nothing (padding) gives an average and not NaN, forward and backward.
 HIDDEN = -1e30
-# Of a decode step's keys and values, how much is in hand at a time on a CPU: about what its second-level cache holds.
-CPU_BLOCK_BYTES = 2 << 20
+BLOCK_TOKENS = 256
+"""Cached tokens that many queries look at at a time; a decode step looks at a page."""
 
 
 class Visibility(NamedTuple):
@@ -53,9 +55,6 @@ def attention(
     mask = visibility.mask(tokens)[:, None, None]
     # Scaling the queries is cheaper than scaling the scores.
     grouped = (queries * size**-0.5).reshape(batch, length, kv_heads, heads // kv_heads, size)
-    if length == 1:
-        attended = _one_query(grouped[:, 0], keys, values, mask[:, :, :, 0])
-        return attended.astype(queries.dtype).reshape(queries.shape)
     # The queries of a group under each other: plain batched matrix products, twice as fast on a CPU, with their
     # gradients, as products over five named dimensions.
     rows = grouped.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, size)
@@ -66,52 +65,64 @@ def attention(
     return attended.reshape(batch, heads, length, size).swapaxes(1, 2)
 
 
-def cached_attention(
+def paged_attention(
     queries: Float[Array, "batch queries heads size"],
-    keys: Float[Array, "layers batch kv_heads tokens size"],
-    values: Float[Array, "layers batch kv_heads tokens size"],
+    cache: KVCache,
     layer: Int[Array, ""],
+    table: Int[Array, "batch width"],
     index: Int[Array, "batch queries"],
 ) -> Float[Array, "batch queries heads size"]:
-    """Attention of tokens at cache position `index` to what the cache of a layer holds up to there."""
+    """Attention of tokens at `index` of their rows to what the pages of the rows hold up to there.
 
-    def whole(queries: Array, keys: Array, values: Array, layer: Array, index: Array) -> Array:
-        return attention(queries, keys[layer], values[layer], Visibility(query_index=index))
+    Block by block as far as the longest row reaches, with a running softmax; nothing as long as a row is in memory.
+    What lies past a row's own end adds exactly nothing, so its result does not depend on its neighbours' lengths.
+    """
+    batch, length, heads, size = queries.shape
+    kv_heads = cache.values.shape[3]
+    block = max(1, min(table.shape[1], BLOCK_TOKENS // cache.page)) if length > 1 else 1
+    table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % block)))
+    blocks = jnp.max(index) // (block * cache.page) + 1
+    # Scaling the queries is cheaper than scaling the scores.
+    grouped = (queries * size**-0.5).reshape(batch, length, kv_heads, heads // kv_heads, size)
 
-    def by_blocks(queries: Array, keys: Array, values: Array, layer: Array, index: Array) -> Array:
-        room = max(1, CPU_BLOCK_BYTES // (2 * math.prod(keys.shape[2:]) * keys.dtype.itemsize))
-        rows = max(rows for rows in range(1, room + 1) if len(queries) % rows == 0)
+    product = partial(jnp.matmul, preferred_element_type=jnp.float32)
+    # One query a row: a sum, which is fused with what reads the pages; a product of so few rows would copy them first.
+    score = product if length > 1 else lambda rows, keys: jnp.sum(rows[..., None] * keys[:, :, None], axis=-2)
+    compute = queries.dtype if length > 1 else jnp.float32
 
-        def block(first: Array) -> Array:
-            at = (layer, first, 0, 0, 0)
-            sizes = (1, rows, *keys.shape[2:])
-            return attention(
-                jax.lax.dynamic_slice_in_dim(queries, first, rows),
-                jax.lax.dynamic_slice(keys, at, sizes)[0],
-                jax.lax.dynamic_slice(values, at, sizes)[0],
-                Visibility(query_index=jax.lax.dynamic_slice_in_dim(index, first, rows)),
+    def attend(lane: KVCache, queries: Array, table: Array, index: Array) -> Array:
+        rows, group = queries.shape[0], queries.shape[3]
+        by_head = queries.transpose(0, 2, 3, 1, 4).reshape(rows, kv_heads, group * length, size).astype(compute)
+
+        def read(number: Array) -> tuple[Array, Array]:
+            at = jax.lax.dynamic_slice_in_dim(table, number * block, block, axis=1)
+            keys = lane.keys.at[layer, at].get(mode="promise_in_bounds")
+            values = lane.values.at[layer, at].get(mode="promise_in_bounds")
+            keys = keys.transpose(0, 2, 3, 1, 4).reshape(rows, kv_heads, size, -1)
+            values = values.swapaxes(1, 2).reshape(rows, kv_heads, -1, size)
+            return keys.astype(compute), values.astype(compute)
+
+        def step(number: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            most, total, mixed = carry
+            keys, values = read(number)
+            scores = score(by_head, keys)
+            reached = number * block * cache.page + jnp.arange(keys.shape[-1]) <= index[:, :, None]
+            reached = jnp.broadcast_to(reached[:, None, None], (rows, 1, group, *reached.shape[1:]))
+            scores = jnp.where(reached.reshape(rows, 1, group * length, -1), scores, HIDDEN)
+            new_most = jnp.maximum(most, scores.max(axis=-1))
+            shares = jnp.exp(scores - new_most[..., None])
+            kept = jnp.exp(most - new_most)
+            return (
+                new_most,
+                total * kept + shares.sum(axis=-1),
+                mixed * kept[..., None] + product(shares.astype(compute), values),
             )
 
-        return jax.lax.map(block, jnp.arange(0, len(queries), rows)).reshape(queries.shape)
+        shape = by_head.shape[:3]
+        nothing = (jnp.full(shape, HIDDEN), jnp.zeros(shape), jnp.zeros((*shape, size)))
+        _, total, mixed = jax.lax.fori_loop(0, blocks, step, nothing)
+        attended = (mixed / total[..., None]).reshape(rows, kv_heads, group, length, size)
+        return attended.transpose(0, 3, 1, 2, 4)
 
-    if queries.shape[1] > 1 or jax.sharding.get_abstract_mesh().size > 1:
-        return whole(queries, keys, values, layer, index)
-    # XLA:CPU copies the layer's slice of the cache. A few rows at a time, the copy stays in the processor's cache.
-    # (Reading only what a block's rows have reached would save a third, but a row's last bits would then depend on its
-    # neighbours, and a run on the timing of its tools.)
-    return jax.lax.platform_dependent(queries, keys, values, layer, index, cpu=by_blocks, default=whole)
-
-
-def _one_query(
-    queries: Float[Array, "batch kv_heads group size"],
-    keys: Float[Array, "batch kv_heads keys size"],
-    values: Float[Array, "batch kv_heads keys size"],
-    mask: Bool[Array, "batch 1 1 keys"],
-) -> Float[Array, "batch kv_heads group size"]:
-    """A decode step. It is bound by reading the cache: as multiply-and-add, XLA fuses it into one pass over it.
-
-    As matrix products, with `group` rows each, it takes twice as long on a CPU (256 slots, 2 kv heads).
-    """
-    scores = jnp.sum(queries[:, :, :, None] * keys[:, :, None].astype(jnp.float32), axis=-1)
-    shares = jax.nn.softmax(jnp.where(mask, scores, HIDDEN), axis=-1)
-    return jnp.sum(shares[..., None] * values[:, :, None].astype(jnp.float32), axis=-2)
+    parts = (by_lane(part, cache.lanes) for part in (grouped, table, index))
+    return jax.vmap(attend)(cache, *parts).reshape(queries.shape).astype(queries.dtype)

@@ -7,11 +7,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from models.qwen3_vl.attention import Visibility
+from models.qwen3_vl.cache import KVCache
 from models.qwen3_vl.config import Qwen3VLConfig
 from models.qwen3_vl.images import PackedImages
 from models.qwen3_vl.layers import Precision, Remat
 from models.qwen3_vl.rope import text_rotation
-from models.qwen3_vl.text import Decoder, KVCache
+from models.qwen3_vl.text import Decoder
 from models.qwen3_vl.vision import VisionTower
 from sharding import constrain
 
@@ -87,17 +88,18 @@ class Qwen3VL(nnx.Module):
         *,
         positions: Int[Array, "batch tokens 3"],
         cache: KVCache,
+        table: Int[Array, "batch width"],
         start: Int[Array, " batch"],
         images: PackedImages | None = None,
     ) -> tuple[Float[Array, "batch tokens embed"], KVCache]:
-        """Hidden states of tokens that continue each row at cache index `start`, and the cache with them in it.
+        """Hidden states of tokens that continue each row at index `start`, and the cache with them in it.
 
-        Prefill (an empty cache, start 0), an appended turn and a decode step (one token) are all this. A token sees
-        the cache up to its own index; what would be written past the end is dropped.
+        A part of a prompt, an appended turn and a decode step (one token) are all this. `table` names the pages of
+        each row; a token sees them up to its own index, and what would be written past the last is dropped.
         """
         index = start[:, None] + jnp.arange(input_ids.shape[1])
         x, deepstack = self._embed(input_ids, images)
-        return self.decoder.extend(x, text_rotation(self.config.text, positions), cache, index, deepstack)
+        return self.decoder.extend(x, text_rotation(self.config.text, positions), cache, table, index, deepstack)
 
     def _output_matrix(self, precision: Precision, rngs: nnx.Rngs) -> nnx.Param:
         text = self.config.text

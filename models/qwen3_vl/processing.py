@@ -120,12 +120,9 @@ class Processor:
     # Tokens with a meaning of their own
 
     @functools.cached_property
-    def tool_call_end_id(self) -> int:
-        """The token `</tool_call>`; ValueError where it is not one token, as generation could not stop at it."""
-        found = self._plain.encode("</tool_call>", add_special_tokens=False).ids
-        if len(found) != 1:
-            raise ValueError(f"'</tool_call>' is {len(found)} tokens here; expected one: add it to the tokenizer")
-        return found[0]
+    def tool_call_end(self) -> tuple[int, ...]:
+        """The tokens of `</tool_call>`: one where the tokenizer knows it, as Qwen's do, else several."""
+        return tuple(self._plain.encode("</tool_call>", add_special_tokens=False).ids)
 
     @functools.cached_property
     def forbidden(self) -> Bool[np.ndarray, " vocabulary"]:

@@ -1,49 +1,16 @@
 """The decoder: stacked layers with grouped-query attention, scanned, with or without a cache."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from models.qwen3_vl.attention import Visibility, attention, cached_attention
+from models.qwen3_vl.attention import Visibility, attention, paged_attention
+from models.qwen3_vl.cache import KVCache
 from models.qwen3_vl.config import Qwen3VLConfig, TextConfig
 from models.qwen3_vl.layers import ACTIVATION_FUNCTIONS, Linear, Precision, Remat, RMSNorm, scan, stack
 from models.qwen3_vl.rope import Rotation, rotate
 from sharding import constrain
-
-
-class KVCache(NamedTuple):
-    """Keys and values of the tokens so far, all layers in one array each.
-
-    A row's heads stand before its tokens: attention then reads each head's keys as one block. On a CPU a decode step
-    over [..., tokens, kv_heads, size] took 1.3 to 1.5 times as long.
-    """
-
-    keys: Float[Array, "layers batch kv_heads tokens size"]
-    values: Float[Array, "layers batch kv_heads tokens size"]
-
-    @classmethod
-    def zeros(cls, config: Qwen3VLConfig, batch: int, length: int, dtype: DTypeLike = jnp.bfloat16) -> "KVCache":
-        text = config.text
-        shape = (text.num_hidden_layers, batch, text.num_key_value_heads, length, text.head_dim)
-        return cls(keys=jnp.zeros(shape, dtype), values=jnp.zeros(shape, dtype))
-
-    def write(
-        self,
-        layer: Int[Array, ""],
-        index: Int[Array, "batch tokens"],
-        keys: Float[Array, "batch tokens kv_heads size"],
-        values: Float[Array, "batch tokens kv_heads size"],
-    ) -> "KVCache":
-        """With the keys and values of some tokens at these cache indices; tokens past the end are dropped."""
-        rows = jnp.arange(index.shape[0])[:, None]
-        return KVCache(
-            keys=self.keys.at[layer, rows, :, index].set(keys.astype(self.keys.dtype), mode="drop"),
-            values=self.values.at[layer, rows, :, index].set(values.astype(self.values.dtype), mode="drop"),
-        )
 
 
 class TextLayer(nnx.Module):
@@ -123,10 +90,11 @@ class Decoder(nnx.Module):
         x: Float[Array, "batch tokens embed"],
         rotation: Rotation,
         cache: KVCache,
+        table: Int[Array, "batch width"],
         index: Int[Array, "batch tokens"],
         deepstack: Float[Array, "depth batch tokens embed"] | None = None,
     ) -> tuple[Float[Array, "batch tokens embed"], KVCache]:
-        """Tokens that continue what the cache holds, written at cache position `index`.
+        """Tokens that continue what the cache holds, written at `index` of the rows whose pages `table` names.
 
         The whole cache is carried through the scan and written in place; scanned over layer by layer, it would be
         copied once a token.
@@ -135,8 +103,8 @@ class Decoder(nnx.Module):
         def body(layer: TextLayer, carry: tuple[Array, KVCache], number: Array) -> tuple[Array, KVCache]:
             x, cache = carry
             queries, keys, values = layer.queries_keys_values(x, rotation)
-            cache = cache.write(number, index, keys, values)
-            attended = cached_attention(queries, cache.keys, cache.values, number, index)
+            cache = cache.write(number, table, index, keys, values)
+            attended = paged_attention(queries, cache, number, table, index)
             return _add_features(layer.finish(x, attended), deepstack, number), cache
 
         x, cache = scan(self.layers, body, (x, cache), self._layer_indices())

@@ -51,6 +51,7 @@ def random_trajectories() -> list[Trajectory]:
                     token_ids=np.asarray(ids, np.int32),
                     sampled=np.asarray(sampled),
                     logprobs=np.where(sampled, -4.0, 0.0).astype(np.float32),
+                    sampled_logprobs=np.where(sampled, -4.0, 0.0).astype(np.float32),
                     prompt_length=len(prompt),
                     images=images,
                     prompt_images=1,

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models.qwen3_vl import KVCache, load_hf
-from models.qwen3_vl.attention import Visibility, attention, cached_attention
+from models.qwen3_vl import KVCache, Qwen3VLConfig, load_hf
+from models.qwen3_vl.attention import Visibility, attention, paged_attention
+from models.qwen3_vl.cache import unshared_table
 from models.qwen3_vl.images import feature_indices, mrope_positions, pack_images
 from sharding import make_mesh, shard_batch
 from tests.models.oracles import IMAGE, VISION_START, Batch, Oracle, Row, batch, oracle, row
@@ -39,29 +40,45 @@ def whole(graphdef, params, inputs: Batch, prefix_ids=None):
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def extend(graphdef, params, cache, token_ids, positions, start, images=None):
+def extend(graphdef, params, cache, table, token_ids, positions, start, images=None):
     model = nnx.merge(graphdef, params)
-    hidden, cache = model.extend(token_ids, positions=positions, cache=cache, start=start, images=images)
+    hidden, cache = model.extend(token_ids, positions=positions, cache=cache, table=table, start=start, images=images)
     return model.logits(hidden), cache
+
+
+def empty_cache(config: Qwen3VLConfig, rows: int, *, tokens: int, page: int, lanes: int = 1):
+    """A cache with room for `tokens` in each row, and the table of rows that share nothing, in a shuffled order."""
+    width = tokens // page
+    cache = KVCache.zeros(config, pages=1 + rows * width // lanes, page=page, lanes=lanes, dtype=jnp.float32)
+    table = unshared_table(rows, width, lanes)
+    return cache, np.concatenate([part.max() + 1 - part for part in np.split(table, lanes)])
 
 
 def part(one: Row, begin: int, end: int, images: slice) -> Row:
     return Row(token_ids=one.token_ids[begin:end], positions=one.positions[begin:end], images=one.images[images])
 
 
-def test_prefill_append_and_decode_are_the_whole_forward(pair):
+@pytest.mark.parametrize("page", [4, 8, 40])
+def test_prefill_append_and_decode_are_the_whole_forward(pair, page):
     """Each row goes on where it ends, over the padding that the parts before left in the cache."""
     graphdef, params = nnx.split(pair.model)
     rows = [row(pair.config, [(2, 2), (1, 1)], seed=1), row(pair.config, [(1, 3), (2, 1)], text=3, seed=2)]
     expected = whole(graphdef, params, batch(pair.config, rows))
     turns = [int(np.flatnonzero(one.token_ids == VISION_START)[1]) for one in rows]
     ends = [len(one.token_ids) - 2 for one in rows]
-    cache = KVCache.zeros(pair.config, len(rows), 40, jnp.float32)
+    cache, table = empty_cache(pair.config, len(rows), tokens=40, page=page)
     for begins, stops, images in (([0, 0], turns, slice(0, 1)), (turns, ends, slice(1, 2))):
         parts = [part(*arguments, images) for arguments in zip(rows, begins, stops, strict=True)]
         inputs = batch(pair.config, parts, length=16, patches=16)
         found, cache = extend(
-            graphdef, params, cache, inputs.token_ids, inputs.positions, np.array(begins, np.int32), inputs.images
+            graphdef,
+            params,
+            cache,
+            table,
+            inputs.token_ids,
+            inputs.positions,
+            np.array(begins, np.int32),
+            inputs.images,
         )
         for number, (begin, stop) in enumerate(zip(begins, stops, strict=True)):
             np.testing.assert_allclose(found[number, : stop - begin], expected[number, begin:stop], atol=TOLERANCE)
@@ -69,20 +86,46 @@ def test_prefill_append_and_decode_are_the_whole_forward(pair):
         start = np.array(ends, np.int32) + step
         parts = [part(one, at, at + 1, slice(0)) for one, at in zip(rows, start, strict=True)]
         inputs = batch(pair.config, parts)
-        found, cache = extend(graphdef, params, cache, inputs.token_ids, inputs.positions, start)
+        found, cache = extend(graphdef, params, cache, table, inputs.token_ids, inputs.positions, start)
         for number, at in enumerate(start):
             np.testing.assert_allclose(found[number, 0], expected[number, at], atol=TOLERANCE)
 
 
-def test_what_would_be_written_past_the_end_is_dropped(pair):
+def test_what_would_be_written_past_the_table_is_dropped(pair):
     config = pair.config
-    cache = KVCache.zeros(config, 2, 5, jnp.float32)
+    cache = KVCache.zeros(config, pages=4, page=3, dtype=jnp.float32)
     shape = (2, 3, config.text.num_key_value_heads, config.text.head_dim)
-    index = jnp.array([[4, 5, 6], [1, 2, 3]])
-    written = cache.write(jnp.array(1), index, jnp.ones(shape), 2 * jnp.ones(shape))
-    assert written.keys[0].sum() == 0
-    assert written.keys[1, :, 0, :, 0].tolist() == [[0, 0, 0, 0, 1], [0, 1, 1, 1, 0]]
-    assert written.values[1, :, 1, :, -1].tolist() == [[0, 0, 0, 0, 2], [0, 2, 2, 2, 0]]
+    table, index = jnp.array([[2], [3]]), jnp.array([[1, 2, 3], [0, 1, 6]])
+    written = cache.write(jnp.array(1), table, index, jnp.ones(shape), 2 * jnp.ones(shape))
+    assert written.keys[:, 0].sum() == 0
+    assert written.keys[0, 1, :, 0, 0].tolist() == [[0, 0, 0], [0, 0, 0], [0, 1, 1], [1, 1, 0]]
+    assert written.values[0, 1, :, 1, :, -1].tolist() == [[0, 0, 0], [0, 0, 0], [0, 2, 2], [2, 2, 0]]
+
+
+def test_rows_that_share_pages_are_rows_that_own_them(pair):
+    """A prompt computed once, its last page copied, for three that go on in their own ways."""
+    graphdef, params = nnx.split(pair.model)
+    prompt = row(pair.config, [(2, 2)], text=5, seed=7)
+    held, page = len(prompt.token_ids), 5
+    assert held % page  # the last page is in part the prompt's
+    cache = KVCache.zeros(pair.config, pages=16, page=page, dtype=jnp.float32)
+    width = held // page + 2
+    first = np.arange(1, width + 1, dtype=np.int32)[None]
+    inputs = batch(pair.config, [prompt])
+    start = np.zeros(1, np.int32)
+    _, cache = extend(graphdef, params, cache, first, inputs.token_ids, inputs.positions, start, inputs.images)
+    full = held // page
+    own = np.array([[width + 1], [width + 2], [width + 3]], np.int32)
+    cache = cache.copy_pages(np.full((1, 3), full + 1, np.int32), own.T)
+    table = np.concatenate([np.repeat(first[:, :full], 3, axis=0), own], axis=1)
+    tokens = np.array([[3], [4], [5]], np.int32)
+    position = np.full((3, 1, 3), int(prompt.positions.max()) + 1, np.int32)
+    found, _ = extend(graphdef, params, cache, table, tokens, position, np.full(3, held, np.int32))
+    for number, token in enumerate(tokens):
+        positions = np.concatenate([prompt.positions, position[number]])
+        one = Row(token_ids=np.append(prompt.token_ids, token), positions=positions, images=prompt.images)
+        expected = whole(graphdef, params, batch(pair.config, [one]))
+        np.testing.assert_allclose(found[number, 0], expected[0, held], atol=TOLERANCE)
 
 
 def test_packed_with_a_shared_prompt_is_apart(pair):
@@ -185,13 +228,23 @@ def naive_attention(queries, keys, values, visible):
 def test_attention_to_a_cache(length):
     random = np.random.default_rng(0)
     queries = random.standard_normal((6, length, 6, 10)).astype(np.float32)
-    keys, values = random.standard_normal((2, 3, 6, 2, 9, 10)).astype(np.float32)
+    keys, values = random.standard_normal((2, 6, 2, 12, 10)).astype(np.float32)
     index = np.array([0, 3, 5, 1, 2, 4])[:, None] + np.arange(length)
-    visible = np.arange(9) <= index[:, :, None]
-    expected = naive_attention(queries, keys[1], values[1], visible)
-    found = jax.jit(cached_attention)(queries, keys, values, 1, index)
+    visible = np.arange(12) <= index[:, :, None]
+    expected = naive_attention(queries, keys, values, visible)
+    table = unshared_table(6, 3, lanes=2)
+    # Layer 1 of 2, pages of 4, in 2 lanes; what is not written holds what would show if it were seen.
+    paged_keys, paged_values = (np.full((2, 2, 10, 2, *page), 1e3, np.float32) for page in ((10, 4), (4, 10)))
+    for number in range(6):
+        for place, page in enumerate(table[number]):
+            tokens = slice(4 * place, 4 * place + 4)
+            paged_keys[number // 3, 1, page] = keys[number, :, tokens].swapaxes(1, 2)
+            paged_values[number // 3, 1, page] = values[number, :, tokens]
+    found = jax.jit(paged_attention)(
+        queries, KVCache(jnp.asarray(paged_keys), jnp.asarray(paged_values)), 1, table, index
+    )
     np.testing.assert_allclose(found, expected, atol=1e-5)
-    found = attention(jnp.asarray(queries), keys[1], values[1], Visibility(query_index=jnp.asarray(index)))
+    found = attention(jnp.asarray(queries), keys, values, Visibility(query_index=jnp.asarray(index)))
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
@@ -216,7 +269,8 @@ def test_eight_devices_are_one(pair):
     with jax.set_mesh(mesh):
         found = whole(graphdef, params, shard_batch(inputs, mesh))
         np.testing.assert_allclose(found, expected, atol=TOLERANCE)
-        cache = KVCache.zeros(pair.config, 4, 24, jnp.float32)
+        cache, table = empty_cache(pair.config, 4, tokens=24, page=8, lanes=4)
         start = np.zeros(4, np.int32)
-        part_, cache = extend(graphdef, params, cache, inputs.token_ids, inputs.positions, start, inputs.images)
+        part_, cache = extend(graphdef, params, cache, table, inputs.token_ids, inputs.positions, start, inputs.images)
+        assert cache.keys.addressable_shards[0].data.size * 8 == cache.keys.size
     np.testing.assert_allclose(part_, expected, atol=TOLERANCE)

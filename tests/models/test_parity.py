@@ -11,6 +11,7 @@ from flax import nnx
 
 from models.logprobs import token_logprobs
 from models.qwen3_vl import EncodedImage, KVCache, PackedImages, Qwen3VL
+from models.qwen3_vl.cache import unshared_table
 from models.qwen3_vl.huggingface import file_tensors, tensor_places
 from models.qwen3_vl.images import mrope_positions
 from tests.models.oracles import (
@@ -159,9 +160,13 @@ def test_greedy_generation_token_for_token(pair):
     @jax.jit
     def generate(params, token_ids, positions, images: PackedImages):
         model = nnx.merge(graphdef, params)
-        cache = KVCache.zeros(config, 1, length + new_tokens, jnp.float32)
+        width = -(-(length + new_tokens) // 8)
+        cache = KVCache.zeros(config, pages=1 + width, page=8, dtype=jnp.float32)
+        table = unshared_table(1, width)
         start = jnp.zeros(1, jnp.int32)
-        hidden, cache = model.extend(token_ids, positions=positions, cache=cache, start=start, images=images)
+        hidden, cache = model.extend(
+            token_ids, positions=positions, cache=cache, table=table, start=start, images=images
+        )
         first = jnp.argmax(model.logits(hidden[:, -1]), -1)
         position = positions[:, -1:].max() + 1
 
@@ -171,6 +176,7 @@ def test_greedy_generation_token_for_token(pair):
                 token[:, None],
                 positions=jnp.broadcast_to(position + number, (1, 1, 3)),
                 cache=cache,
+                table=table,
                 start=start + length + number,
             )
             return (cache, jnp.argmax(model.logits(hidden[:, 0]), -1)), token

@@ -156,7 +156,8 @@ def test_special_tokens_in_messages_and_observations_are_text(processor):
 
 def test_tool_call_tags_stay_single_tokens(processor):
     ids = processor.encode_text("<tool_call>{}</tool_call>")
-    assert ids[-1] == processor.tool_call_end_id == processor.tokenizer.convert_tokens_to_ids("</tool_call>")
+    assert (ids[-1],) == processor.tool_call_end
+    assert ids[-1] == processor.tokenizer.convert_tokens_to_ids("</tool_call>")
     assert processor.decode(ids) == "<tool_call>{}</tool_call>"
 
 
@@ -293,11 +294,11 @@ def test_image_settings_as_transformers_5_saves_them(tmp_path):
     assert Processor.from_hf(directory).image_settings.max_pixels == 2048
 
 
-def test_a_tool_call_tag_of_several_tokens_is_refused_when_needed(tmp_path):
+def test_a_tool_call_tag_that_the_tokenizer_does_not_know_is_several_tokens(tmp_path):
     directory = write_hf_directory(tmp_path)
     tokenizer = json.loads((directory / "tokenizer.json").read_text())
     tokenizer["added_tokens"] = [t for t in tokenizer["added_tokens"] if t["content"] != "</tool_call>"]
     (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
     processor = Processor.from_hf(directory)
-    with pytest.raises(ValueError, match=r"'</tool_call>' is \d+ tokens here; expected one: add it to the tokenizer"):
-        _ = processor.tool_call_end_id
+    assert len(processor.tool_call_end) > 1
+    assert processor.decode(processor.tool_call_end) == "</tool_call>"

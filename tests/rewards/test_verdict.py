@@ -76,6 +76,7 @@ def rollout(*turns: Turn, calls: int = 0) -> Trajectory:
         token_ids=np.zeros(0, np.int32),
         sampled=np.zeros(0, bool),
         logprobs=np.zeros(0, np.float32),
+        sampled_logprobs=np.zeros(0, np.float32),
         prompt_length=0,
         images=[],
         prompt_images=0,

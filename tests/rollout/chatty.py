@@ -15,11 +15,10 @@ AGENT = AgentConfig(max_calls=3, max_response_tokens=120, max_observation_tokens
 ROLLOUT = RolloutConfig(
     slots=6,
     capacity=176,
+    patches=160,
+    page=16,
     chunk=8,
-    prefill_rows=4,
-    append_rows=4,
-    prompt_shapes=((56, 64),),
-    observation_shapes=((64, 0), (64, 32)),
+    shapes=((4, 64, 0), (4, 64, 32), (4, 64, 64)),
 )
 
 
@@ -35,7 +34,7 @@ def chatty_policy(task: Task, devices: int = 1) -> Policy:
     axes = MeshAxes(data=devices // 2, fsdp=2) if devices > 1 else MeshAxes()
     policy = load_policy(config, axes, jax.devices()[:devices])
     processor = policy.processor
-    allowed = [processor.tool_call_end_id, processor.stop_ids[0], *processor.encode_text("ABCDEFGHKLMN")]
+    allowed = [*processor.tool_call_end, processor.stop_ids[0], *processor.encode_text("ABCDEFGHKLMN")]
     forbidden = np.ones_like(processor.forbidden)
     forbidden[allowed] = False
     processor.forbidden = forbidden

@@ -1,4 +1,6 @@
+import itertools
 import random
+import threading
 import time
 from dataclasses import replace
 from typing import Any
@@ -9,9 +11,9 @@ import pytest
 from PIL import Image
 
 from hdpo_jax.config import ConfigError, ToolsConfig
-from hdpo_jax.rollout.agent import Sampler
 from hdpo_jax.rollout.packing import RowShape, assign_rows, fill_rows, group_family
 from hdpo_jax.rollout.prompts import PromptTooLong
+from hdpo_jax.rollout.sampler import Sampler
 from hdpo_jax.tools.toolbox import ToolBox
 from hdpo_jax.train.compilations import CompilationCounter
 from hdpo_jax.types import Observation, Prompt, StopReason, ToolCall
@@ -85,11 +87,35 @@ def test_trajectories_call_tools_and_see_images(reference):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"slots": 2, "prefill_rows": 1}, {"chunk": 3, "return_early": 1.0}, {"append_rows": 1}, {"capacity": 200}],
+    [
+        {"slots": 2, "in_flight": 2},
+        {"chunk": 3, "return_early": 1.0},
+        {"shapes": ((1, 64, 64),)},
+        {"shapes": ((2, 16, 64),)},  # prompts and observations in parts, images between two of them
+        {"capacity": 200, "page": 7},
+        {"page": 64, "slots": 3, "in_flight": 10},
+    ],
     ids=str,
 )
 def test_scheduling_does_not_change_a_trajectory(task, policy, reference, changes):
     assert_same(sample(policy, task.prompts[:5], rollout=replace(ROLLOUT, **changes)), reference)
+
+
+def test_what_is_evicted_is_computed_anew_and_goes_on_as_it_would_have(task, policy, reference):
+    """At the fewest pages there can be: the longest trajectory's, and one."""
+    ours = sampler(policy, Camera(latency=0.02), rollout=replace(ROLLOUT, pages=ROLLOUT.pages_a_row + 1))
+    assert_same(ours.sample(policy.params, task.prompts[:5], samples=2, step=5), reference)
+    assert ours.stats.evictions > 10
+    assert ours.stats.peak_pages <= ROLLOUT.pages_a_row + 1
+
+
+def test_a_group_computes_its_prompt_once(task, policy):
+    ours = sampler(policy, rollout=replace(ROLLOUT, slots=16))
+    (prompt,) = task.prompts[:1]
+    found = ours.sample(policy.params, [prompt], samples=16, step=5)
+    observed = sum(len(one.token_ids) - one.prompt_length - one.sampled.sum() for one in found)
+    # An observation's extension computes the token sampled before it, and not the observation's last token.
+    assert ours.stats.computed_tokens == found[0].prompt_length - 1 + observed
 
 
 def test_tool_latency_does_not_change_a_trajectory(task, policy, reference):
@@ -106,7 +132,9 @@ def test_the_cache_is_spread_over_the_mesh(task):
     # Made outside the mesh, all of it would lie on one device: 400 GB for an 8B.
     policy = chatty_policy(task, devices=8)
     ours = sampler(policy, rollout=replace(ROLLOUT, slots=8))
-    for array in jax.tree.leaves(ours._slots._state.cache):
+    with jax.set_mesh(policy.mesh):
+        cache = ours._programs.empty_cache()
+    for array in jax.tree.leaves(cache):
         assert {shard.data.size for shard in array.addressable_shards} == {array.size // 8}
 
 
@@ -173,9 +201,13 @@ def test_budgets_hold(task, policy):
 
 
 def test_a_prompt_over_budget_is_named(task, policy):
-    shapes = replace(ROLLOUT, prompt_shapes=((32, 64),))
-    with pytest.raises(PromptTooLong, match=f"prompt {task.prompts[0].id} has .* expected at most"):
-        sample(policy, task.prompts[:1], rollout=shapes)
+    for settings, words in (
+        ({"capacity": 32}, r"\d+ tokens; expected at most 31 \(rollout.capacity\)"),
+        ({"patches": 16}, r"\d+ image patches; expected at most 16 \(rollout.patches\)"),
+        ({"shapes": ((4, 64, 16),)}, r"\d+ patches in one image; expected at most 16 \(rollout.shapes\)"),
+    ):
+        with pytest.raises(PromptTooLong, match=f"prompt {task.prompts[0].id} has {words}"):
+            sample(policy, task.prompts[:1], rollout=replace(ROLLOUT, **settings))
 
 
 def test_a_lost_tool_drops_the_rollout_and_frees_its_session(task, policy):
@@ -189,6 +221,45 @@ def test_a_lost_tool_drops_the_rollout_and_frees_its_session(task, policy):
     found = sample(policy, task.prompts[:3], toolbox=toolbox)
     assert all(one.stop is StopReason.DROPPED for one in found if one.calls)
     assert any(one.stop is StopReason.DROPPED for one in found)
+    assert toolbox.open == 0
+
+
+def hang(call):
+    threading.Event().wait()
+
+
+def fail(call):
+    raise RuntimeError("out of order")
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (fail, "[The tool failed: RuntimeError: out of order]"),
+        (hang, "[The tool failed: it did not answer within 0.2 s; its state is lost]"),
+        (lambda call: None, "[The tool failed: AttributeError: "),
+        (lambda call: Observation(text="look", images=[b"no image"]), "[The tool failed: AttributeError: "),  # type: ignore[list-item]
+        (lambda call: Observation(text=None), "[The tool failed: TypeError: "),  # type: ignore[arg-type]
+    ],
+    ids=["raises", "hangs", "nothing", "images", "text"],
+)
+def test_a_tool_that_fails_is_an_observation_that_says_so(task, policy, answer, said):
+    class Faulty(Camera):
+        def session(self, images):
+            session = super().session(images)
+            session.call = answer
+            return session
+
+    toolbox = Faulty()
+    agent = replace(AGENT, call_seconds=0.2, max_calls=2, max_observation_tokens=200, max_response_tokens=600)
+    roomy = replace(ROLLOUT, capacity=700, page=32)
+    found = sample(policy, task.prompts[:3], toolbox=toolbox, agent=agent, rollout=roomy)
+    answers = [turn for one in found for turn in one.turns if turn.role == "tool"]
+    assert answers and all(turn.text.startswith(said) and not turn.images for turn in answers)
+    assert all(one.usable for one in found)
+    deadline = time.monotonic() + 30  # those that hang are closed by threads of their own
+    while toolbox.open and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert toolbox.open == 0
 
 
@@ -241,7 +312,7 @@ def test_text_that_imitates_the_chat_stays_text(task, policy):
 
 
 def test_a_long_observation_is_cut_and_the_trajectory_goes_on(task, policy):
-    """At the tightest setting: the budget is the largest static shape."""
+    """To its budget, whatever the static shapes."""
 
     class Chatterbox(Camera):
         def session(self, images):
@@ -249,7 +320,7 @@ def test_a_long_observation_is_cut_and_the_trajectory_goes_on(task, policy):
             session.call = lambda call: Observation(text="word " * 500)
             return session
 
-    largest = max(tokens for tokens, _ in ROLLOUT.observation_shapes)
+    largest = 64
     agent = replace(AGENT, max_observation_tokens=largest, max_calls=1)
     found = sample(policy, task.prompts[:4], toolbox=Chatterbox(), agent=agent)
     shown = [one for one in found if any(turn.role == "tool" for turn in one.turns)]
@@ -261,10 +332,76 @@ def test_a_long_observation_is_cut_and_the_trajectory_goes_on(task, policy):
         assert one.sampled[start:end].any() and (~one.sampled[start:end]).sum() == largest
 
 
-@pytest.mark.parametrize("tokens", [65, 3])
-def test_an_observation_budget_that_can_not_work_is_refused(policy, tokens):
-    with pytest.raises(ConfigError, match=f"agent.max_observation_tokens is {tokens}; expected at (most 64|least 8),"):
-        sampler(policy, agent=replace(AGENT, max_observation_tokens=tokens))
+def test_an_observation_budget_that_can_not_work_is_refused(policy):
+    with pytest.raises(ConfigError, match=r"agent.max_observation_tokens is 3; expected at least \d+, which an empty"):
+        sampler(policy, agent=replace(AGENT, max_observation_tokens=3))
+
+
+def test_a_stop_may_be_several_tokens(task, policy, monkeypatch):
+    """Where the tokenizer does not know `</tool_call>`, its last tokens in that order end the turn, and they alone."""
+    end = tuple(policy.processor.encode_text("AB").tolist())
+    assert len(end) == 2
+    monkeypatch.setattr(policy.processor, "tool_call_end", end)
+    allowed = np.ones_like(policy.processor.forbidden)
+    allowed[[*end, policy.processor.stop_ids[0]]] = False
+    monkeypatch.setattr(policy.processor, "forbidden", allowed)
+    found = sample(policy, task.prompts[:4])
+    assert sum(one.calls for one in found) > 3
+    for one in found:
+        response = one.token_ids[one.prompt_length :].tolist()
+        runs = np.split(response, np.flatnonzero(np.diff(one.sampled[one.prompt_length :].astype(int))) + 1)
+        for turn in runs[::2]:
+            pairs = list(itertools.pairwise(turn.tolist()))
+            assert end not in pairs[:-1]
+            ends = pairs[-1:] == [end] or turn[-1] in policy.processor.stop_ids or turn is runs[-1]
+            assert ends
+        assert one.calls == sum(turn.tolist()[-2:] == list(end) for turn in runs[:-1:2])
+
+
+def test_a_spent_budget_ends_the_turn_unsampled_if_it_is_to(task, policy, reference):
+    agent = replace(AGENT, max_response_tokens=9)
+    free = sample(policy, task.prompts[:5], agent=agent)
+    ended = sample(policy, task.prompts[:5], agent=agent, rollout=replace(ROLLOUT, force_end=True))
+    assert [one.stop for one in ended] == [one.stop for one in free]
+    spent = [pair for pair in zip(ended, free, strict=True) if pair[0].sampled[-1] != pair[1].sampled[-1]]
+    assert len(spent) > 2
+    for ours, theirs in spent:
+        assert ours.stop is StopReason.TOKEN_BUDGET
+        assert ours.token_ids[-1] == policy.processor.stop_ids[0]
+        assert ours.token_ids[:-1].tolist() == theirs.token_ids[:-1].tolist()
+
+
+def test_both_log_probs_are_kept(task, policy, reference):
+    assert all((one.logprobs == one.sampled_logprobs).all() for one in reference)  # nothing is truncated
+    for one in sample(policy, task.prompts[:2], rollout=replace(ROLLOUT, top_k=3)):
+        more = one.sampled_logprobs[one.sampled] - one.logprobs[one.sampled]
+        assert (more > 0.05).all()  # 3 of 14 tokens have less than all of the probability
+        assert not one.sampled_logprobs[~one.sampled].any()
+
+
+def test_slots_are_refilled_at_every_chunk(task, policy):
+    """Ten times as many rollouts as slots, of all lengths: few steps of few slots are for nobody."""
+    ours = sampler(policy, rollout=replace(ROLLOUT, slots=8, in_flight=16, chunk=2, return_early=0.1))
+    assert len(ours.sample(policy.params, task.prompts, samples=10, step=5)) == 80
+    assert ours.stats.occupancy >= 0.9
+
+
+def test_programs_write_the_cache_in_place(policy):
+    """Donated to each program and aliased: no program holds a second one, nor anything as large."""
+    ours = sampler(policy, rollout=replace(ROLLOUT, slots=64))
+    with jax.set_mesh(policy.mesh):
+        cache = ours._programs.empty_cache()
+        now = ours._scheduler().empty_round()
+        compiled = [
+            ours._programs.copy.lower(cache, now.copies).compile(),
+            ours._programs.decode.lower(policy.params, cache, now.running).compile(),
+            *(ours._programs.extend.lower(policy.params, cache, extension).compile() for extension in now.extensions),
+        ]
+    size = sum(array.nbytes for array in cache)
+    for program in compiled:
+        memory = program.memory_analysis()
+        assert memory.alias_size_in_bytes >= size
+        assert memory.temp_size_in_bytes < size / 4
 
 
 def test_greedy_without_tools_needs_no_toolbox(task, policy):

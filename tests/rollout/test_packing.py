@@ -41,6 +41,7 @@ def trajectory(group: int, sample: int, response: int, *, observed: bool = False
         token_ids=np.asarray(ids, np.int32),
         sampled=np.asarray(sampled),
         logprobs=logprobs,
+        sampled_logprobs=logprobs,
         prompt_length=10,
         images=images,
         prompt_images=1,

@@ -137,7 +137,8 @@ def test_a_program_on_eight_devices_is_the_program_on_one():
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, param_shardings(params, mesh))
         found = jax.jit(jax.value_and_grad(loss))(placed, shard_batch(x, mesh))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected)
+    # Sums of fp32 in another order: to some roundings of their largest terms, which are about 1.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
 
 
 def test_constrain_places_what_a_program_makes():

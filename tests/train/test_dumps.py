@@ -44,6 +44,7 @@ def trajectory() -> Trajectory:
         token_ids=np.arange(6),
         sampled=np.array([False, False, True, True, False, True]),
         logprobs=np.zeros(6),
+        sampled_logprobs=np.zeros(6),
         prompt_length=2,
         images=(),
         prompt_images=1,

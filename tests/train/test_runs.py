@@ -50,7 +50,7 @@ def get_config():
         output={output!r},
         model=replace(config.model, path={model!r}),
         data=replace(config.data, path={data!r}),
-        rollout=replace(config.rollout, slots=8, prefill_rows=2, append_rows=2, chunk=8),
+        rollout=replace(config.rollout, slots=8, chunk=8),
         agent=replace(config.agent, max_response_tokens=48),
         optimizer=replace(config.optimizer, learning_rate=1e-2),
         train=replace(

@@ -1,0 +1,67 @@
+"""A trajectory under way, as the host keeps it."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from hdpo_jax.rollout.prompts import Question
+from hdpo_jax.rollout.strands import Strand
+from hdpo_jax.tools.toolbox import Session
+from hdpo_jax.types import StopReason, Trajectory, Turn
+
+
+@dataclass(eq=False, kw_only=True)
+class Live:
+    """What a trajectory will be made of, beside the exact ids and images of its strand."""
+
+    question: Question
+    group: int
+    sample: int
+    strand: Strand
+    sampled: list[bool]
+    logprobs: list[float]
+    sampled_logprobs: list[float]
+    turns: list[Turn] = field(default_factory=list)
+    calls: int = 0
+    session: Session | None = None
+
+    @classmethod
+    def start(cls, question: Question, group: int, sample: int, strand: Strand) -> "Live":
+        nothing = [0.0] * strand.length
+        return cls(
+            question=question,
+            group=group,
+            sample=sample,
+            strand=strand,
+            sampled=[False] * strand.length,
+            logprobs=list(nothing),
+            sampled_logprobs=nothing,
+        )
+
+    def add_sampled(self, logprobs: list[float], sampled_logprobs: list[float]) -> None:
+        self.logprobs += logprobs
+        self.sampled_logprobs += sampled_logprobs
+        self.sampled += [True] * len(logprobs)
+
+    def add_given(self, tokens: int) -> None:
+        """Tokens that were not sampled."""
+        self.logprobs += [0.0] * tokens
+        self.sampled_logprobs += [0.0] * tokens
+        self.sampled += [False] * tokens
+
+    def finished(self, stop: StopReason) -> Trajectory:
+        return Trajectory(
+            prompt=self.question.prompt,
+            group=self.group,
+            sample=self.sample,
+            token_ids=np.asarray(self.strand.token_ids, np.int32),
+            sampled=np.asarray(self.sampled, bool),
+            logprobs=np.asarray(self.logprobs, np.float32),
+            sampled_logprobs=np.asarray(self.sampled_logprobs, np.float32),
+            prompt_length=len(self.question.token_ids),
+            images=self.strand.images,
+            prompt_images=len(self.question.images),
+            turns=self.turns,
+            calls=self.calls,
+            stop=stop,
+        )

@@ -1,0 +1,190 @@
+"""Rollouts driven by the host: it runs the programs of each round, and hands what they sampled to the agent."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from hdpo_jax.config import AgentConfig, ConfigError, RolloutConfig
+from hdpo_jax.rollout.agent import Rollout
+from hdpo_jax.rollout.engine import Chunk, Programs, make_programs, read_report
+from hdpo_jax.rollout.prompts import PromptEncoder
+from hdpo_jax.rollout.scheduler import Round, Scheduler
+from hdpo_jax.tools.toolbox import ToolBox
+from hdpo_jax.types import Prompt, Trajectory
+from models.qwen3_vl import KVCache, Qwen3VL
+from models.qwen3_vl.processing import Processor
+from sharding.rules import RULES
+
+
+@dataclass
+class RolloutStats:
+    """Where the time of one `sample` call went, in seconds, and what came of it."""
+
+    decode_seconds: float = 0.0
+    extend_seconds: float = 0.0
+    wait_seconds: float = 0.0
+    chunks: int = 0
+    sampled_tokens: int = 0
+    decode_steps: int = 0
+    slot_steps: int = 0
+    """Decode steps times slots: what could have been sampled."""
+    computed_tokens: int = 0
+    """Tokens of prompts and observations that were computed."""
+    evictions: int = 0
+    peak_pages: int = 0
+    """The most pages of the cache that were held at a time, of all lanes together."""
+
+    @property
+    def occupancy(self) -> float:
+        """Share of the decode steps' slots that sampled a token."""
+        return self.sampled_tokens / max(self.slot_steps, 1)
+
+
+class Sampler:
+    """Samples trajectories from a policy whose parameters are given at each call, on the mesh that they live on.
+
+    Without a toolbox a `</tool_call>` does not stop a turn and nothing is executed. The cache is there while `sample`
+    runs, and its memory is free for the update afterwards.
+    """
+
+    def __init__(
+        self,
+        model: Qwen3VL,
+        processor: Processor,
+        toolbox: ToolBox | None,
+        *,
+        mesh: Mesh,
+        agent: AgentConfig,
+        rollout: RolloutConfig,
+        seed: int,
+        encode: PromptEncoder | None = None,
+    ):
+        least = len(processor.close_turn) + len(processor.observation_turn("").token_ids)
+        if toolbox and agent.max_observation_tokens < least:
+            raise ConfigError(
+                f"agent.max_observation_tokens is {agent.max_observation_tokens}; expected at least {least}, "
+                "which an empty observation takes"
+            )
+        self._processor = processor
+        self._toolbox = toolbox
+        self._mesh = mesh
+        self._agent = agent
+        self._config = rollout
+        self._encode = encode or PromptEncoder(processor, rollout)
+        self._lanes = math.prod(mesh.shape[axis] for axis in RULES.mesh_axes("slots"))
+        self._stops = [*([stop] for stop in processor.stop_ids), *([processor.tool_call_end] if toolbox else [])]
+        graphdef, _ = nnx.split(model)
+        self._programs: Programs = make_programs(
+            graphdef,
+            model.config,
+            rollout,
+            lanes=self._lanes,
+            seed=seed,
+            stops=self._stops,
+            end_id=processor.stop_ids[0],
+            forbidden=processor.forbidden,
+            dtype=model.dtype,
+        )
+        self._lengths: dict[str, float] = {}
+        self.stats = RolloutStats()
+
+    def sample(
+        self,
+        params: nnx.State,
+        prompts: Sequence[Prompt],
+        *,
+        samples: int,
+        step: int,
+        first_prompt: int = 0,
+        on_finished: Callable[[Trajectory], None] | None = None,
+    ) -> list[Trajectory]:
+        """`samples` trajectories a prompt, in the order of prompts and samples.
+
+        `step` and `first_prompt` number this call's trajectories in the run: the same numbers give the same
+        randomness. `on_finished` hears of each trajectory as it ends.
+        """
+        scheduler = self._scheduler()
+        rollout = Rollout(
+            scheduler,
+            self._processor,
+            self._toolbox,
+            agent=self._agent,
+            config=self._config,
+            encode=self._encode,
+            prompts=prompts,
+            order=self._order(prompts),
+            samples=samples,
+            identity=(step, first_prompt),
+            on_finished=on_finished,
+        )
+        self.stats = RolloutStats()
+        try:
+            with jax.set_mesh(self._mesh):
+                self._run(params, rollout)
+        finally:
+            rollout.close()
+        self.stats.wait_seconds = rollout.wait_seconds
+        self.stats.computed_tokens = scheduler.computed_tokens
+        self.stats.evictions = scheduler.evictions
+        self.stats.peak_pages = scheduler.peak_pages
+        self._remember(rollout.trajectories)
+        return rollout.trajectories
+
+    def warm_up(self, params: nnx.State) -> None:
+        """Compiles every program for every static shape, so that nothing compiles later."""
+        with jax.set_mesh(self._mesh):
+            cache, everything = self._programs.empty_cache(), self._scheduler().empty_round()
+            assert everything.running is not None
+            # Twice: the cache that a program returns may be laid out in another way than the empty one.
+            for _ in range(2):
+                cache = self._extend(params, cache, everything)
+                cache, _ = self._programs.decode(params, cache, everything.running)
+
+    def _scheduler(self) -> Scheduler:
+        recent = max(map(len, self._stops)) - 1
+        return Scheduler(self._config, self._processor.config, lanes=self._lanes, recent=recent)
+
+    def _run(self, params: nnx.State, rollout: Rollout) -> None:
+        cache, chunk = self._programs.empty_cache(), None
+        while (now := rollout.next(chunk)) is not None:
+            started = time.perf_counter()
+            cache, chunk = jax.block_until_ready(self._extend(params, cache, now)), None
+            self.stats.extend_seconds += time.perf_counter() - started
+            if now.running is not None:
+                started = time.perf_counter()
+                cache, report = self._programs.decode(params, cache, now.running)
+                chunk = read_report(jax.device_get(report))
+                self.stats.decode_seconds += time.perf_counter() - started
+                self._count(chunk)
+
+    def _extend(self, params: nnx.State, cache: KVCache, now: Round) -> KVCache:
+        for extension in now.extensions:
+            if extension is not None:
+                cache = self._programs.extend(params, cache, extension)
+        return cache if now.copies is None else self._programs.copy(cache, now.copies)
+
+    def _count(self, chunk: Chunk) -> None:
+        steps = int(chunk.counts.max())
+        self.stats.chunks += 1
+        self.stats.decode_steps += steps
+        self.stats.slot_steps += steps * len(chunk.counts)
+        self.stats.sampled_tokens += int(chunk.counts.sum())
+
+    def _order(self, prompts: Sequence[Prompt]) -> list[int]:
+        """Prompts whose rollouts were long the last time first, so that no long one is left alone at the end."""
+        if not self._config.longest_first or not self._lengths:
+            return list(range(len(prompts)))
+        usual = float(np.mean(list(self._lengths.values())))
+        return sorted(range(len(prompts)), key=lambda number: -self._lengths.get(prompts[number].id, usual))
+
+    def _remember(self, trajectories: Sequence[Trajectory]) -> None:
+        lengths: dict[str, list[int]] = {}
+        for trajectory in trajectories:
+            lengths.setdefault(trajectory.prompt.id, []).append(int(trajectory.sampled.sum()))
+        self._lengths |= {id: float(np.mean(counts)) for id, counts in lengths.items()}
