@@ -103,6 +103,8 @@ class ToolsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
+    mode: Literal["host_driven", "fused"] = "host_driven"
+    """fused: rollouts, rewards and update in one program, which calls the host for tools. Same results."""
     slots: int = 64
     """Trajectories that decode at a time."""
     in_flight: int = 0
@@ -301,3 +303,5 @@ class RLConfig:
         for name, least in (("row_tokens", self.rollout.capacity), ("row_patches", self.rollout.patches)):
             found = getattr(self.train, name)
             _require(found >= least, f"train.{name}", found, f"at least {least}, which rollout.* allows a trajectory")
+        known = self.rollout.mode != "fused" or self.train.max_rows > 0
+        _require(known, "train.max_rows", 0, "the rows of a batch, at most: rollout.mode fused compiles for them")

@@ -22,6 +22,7 @@ from hdpo_jax.rollout.engine import Chunk
 from hdpo_jax.rollout.live import Live
 from hdpo_jax.rollout.prompts import Intake, PromptEncoder, count_patches
 from hdpo_jax.rollout.scheduler import Round, Sampled, Scheduler
+from hdpo_jax.rollout.stats import RolloutStats
 from hdpo_jax.rollout.strands import Strand
 from hdpo_jax.tools.protocol import parse_tool_call
 from hdpo_jax.tools.toolbox import Session, ToolBox
@@ -80,11 +81,12 @@ class Rollout:
         self._live: dict[Strand, Live] = {}
         self._calls: dict[Future[_Answer], Live] = {}
         self._finished: deque[Trajectory] = deque()
-        self.wait_seconds = 0.0
+        self.stats = RolloutStats()
 
     def next(self, chunk: Chunk | None) -> Round | None:
         """What to run now, after `chunk` (None: nothing was decoded); None when every trajectory has ended."""
         if chunk is not None:
+            self.stats.count(chunk)
             for sampled in self._scheduler.take(chunk):
                 self._take(sampled)
         self._collect_answers()
@@ -92,7 +94,11 @@ class Rollout:
         self._gather_answers()
         if not self._live and not self._prompts:
             return None
-        return self._scheduler.plan()
+        planned = self._scheduler.plan()
+        self.stats.computed_tokens = self._scheduler.computed_tokens
+        self.stats.evictions = self._scheduler.evictions
+        self.stats.peak_pages = self._scheduler.peak_pages
+        return planned
 
     @property
     def trajectories(self) -> list[Trajectory]:
@@ -230,7 +236,7 @@ class Rollout:
             wait(self._calls, timeout=min(left, patience) if ready else patience, return_when=FIRST_COMPLETED)
             self._collect_answers()
             self._start()
-        self.wait_seconds += time.perf_counter() - started
+        self.stats.wait_seconds += time.perf_counter() - started
 
     def _collect_answers(self) -> None:
         for future in [future for future in self._calls if future.done()]:

@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import jax
 import numpy as np
@@ -12,38 +11,15 @@ from jax.sharding import Mesh
 
 from hdpo_jax.config import AgentConfig, ConfigError, RolloutConfig
 from hdpo_jax.rollout.agent import Rollout
-from hdpo_jax.rollout.engine import Chunk, Programs, make_programs, read_report
+from hdpo_jax.rollout.engine import Programs, make_programs, read_report
 from hdpo_jax.rollout.prompts import PromptEncoder
 from hdpo_jax.rollout.scheduler import Round, Scheduler
+from hdpo_jax.rollout.stats import RolloutStats
 from hdpo_jax.tools.toolbox import ToolBox
 from hdpo_jax.types import Prompt, Trajectory
 from models.qwen3_vl import KVCache, Qwen3VL
 from models.qwen3_vl.processing import Processor
 from sharding.rules import RULES
-
-
-@dataclass
-class RolloutStats:
-    """Where the time of one `sample` call went, in seconds, and what came of it."""
-
-    decode_seconds: float = 0.0
-    extend_seconds: float = 0.0
-    wait_seconds: float = 0.0
-    chunks: int = 0
-    sampled_tokens: int = 0
-    decode_steps: int = 0
-    slot_steps: int = 0
-    """Decode steps times slots: what could have been sampled."""
-    computed_tokens: int = 0
-    """Tokens of prompts and observations that were computed."""
-    evictions: int = 0
-    peak_pages: int = 0
-    """The most pages of the cache that were held at a time, of all lanes together."""
-
-    @property
-    def occupancy(self) -> float:
-        """Share of the decode steps' slots that sampled a token."""
-        return self.sampled_tokens / max(self.slot_steps, 1)
 
 
 class Sampler:
@@ -80,7 +56,7 @@ class Sampler:
         self._lanes = math.prod(mesh.shape[axis] for axis in RULES.mesh_axes("slots"))
         self._stops = [*([stop] for stop in processor.stop_ids), *([processor.tool_call_end] if toolbox else [])]
         graphdef, _ = nnx.split(model)
-        self._programs: Programs = make_programs(
+        self.programs: Programs = make_programs(
             graphdef,
             model.config,
             rollout,
@@ -109,9 +85,27 @@ class Sampler:
         `step` and `first_prompt` number this call's trajectories in the run: the same numbers give the same
         randomness. `on_finished` hears of each trajectory as it ends.
         """
-        scheduler = self._scheduler()
-        rollout = Rollout(
-            scheduler,
+        rollout = self.rollout(prompts, samples=samples, step=step, first_prompt=first_prompt, on_finished=on_finished)
+        try:
+            with jax.set_mesh(self._mesh):
+                self._run(params, rollout)
+        finally:
+            rollout.close()
+        self.remember(rollout)
+        return rollout.trajectories
+
+    def rollout(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        samples: int,
+        step: int,
+        first_prompt: int = 0,
+        on_finished: Callable[[Trajectory], None] | None = None,
+    ) -> Rollout:
+        """The host's part of what `sample` does; to be closed, also after an error."""
+        return Rollout(
+            self._scheduler(),
             self._processor,
             self._toolbox,
             agent=self._agent,
@@ -123,58 +117,51 @@ class Sampler:
             identity=(step, first_prompt),
             on_finished=on_finished,
         )
-        self.stats = RolloutStats()
-        try:
-            with jax.set_mesh(self._mesh):
-                self._run(params, rollout)
-        finally:
-            rollout.close()
-        self.stats.wait_seconds = rollout.wait_seconds
-        self.stats.computed_tokens = scheduler.computed_tokens
-        self.stats.evictions = scheduler.evictions
-        self.stats.peak_pages = scheduler.peak_pages
-        self._remember(rollout.trajectories)
-        return rollout.trajectories
+
+    def remember(self, rollout: Rollout) -> None:
+        """Keeps what a finished rollout says about the next ones: how long they may be, and where the time went."""
+        self.stats = rollout.stats
+        lengths: dict[str, list[int]] = {}
+        for trajectory in rollout.trajectories:
+            lengths.setdefault(trajectory.prompt.id, []).append(int(trajectory.sampled.sum()))
+        self._lengths |= {id: float(np.mean(counts)) for id, counts in lengths.items()}
+
+    @property
+    def empty_round(self) -> Round:
+        """Every program with nothing to do: the shapes and types of all rounds."""
+        return self._scheduler().empty_round()
 
     def warm_up(self, params: nnx.State) -> None:
         """Compiles every program for every static shape, so that nothing compiles later."""
         with jax.set_mesh(self._mesh):
-            cache, everything = self._programs.empty_cache(), self._scheduler().empty_round()
+            cache, everything = self.programs.empty_cache(), self.empty_round
             assert everything.running is not None
             # Twice: the cache that a program returns may be laid out in another way than the empty one.
             for _ in range(2):
                 cache = self._extend(params, cache, everything)
-                cache, _ = self._programs.decode(params, cache, everything.running)
+                cache, _ = self.programs.decode(params, cache, everything.running)
 
     def _scheduler(self) -> Scheduler:
         recent = max(map(len, self._stops)) - 1
         return Scheduler(self._config, self._processor.config, lanes=self._lanes, recent=recent)
 
     def _run(self, params: nnx.State, rollout: Rollout) -> None:
-        cache, chunk = self._programs.empty_cache(), None
+        cache, chunk = self.programs.empty_cache(), None
         while (now := rollout.next(chunk)) is not None:
             started = time.perf_counter()
             cache, chunk = jax.block_until_ready(self._extend(params, cache, now)), None
-            self.stats.extend_seconds += time.perf_counter() - started
+            rollout.stats.extend_seconds += time.perf_counter() - started
             if now.running is not None:
                 started = time.perf_counter()
-                cache, report = self._programs.decode(params, cache, now.running)
+                cache, report = self.programs.decode(params, cache, now.running)
                 chunk = read_report(jax.device_get(report))
-                self.stats.decode_seconds += time.perf_counter() - started
-                self._count(chunk)
+                rollout.stats.decode_seconds += time.perf_counter() - started
 
     def _extend(self, params: nnx.State, cache: KVCache, now: Round) -> KVCache:
         for extension in now.extensions:
             if extension is not None:
-                cache = self._programs.extend(params, cache, extension)
-        return cache if now.copies is None else self._programs.copy(cache, now.copies)
-
-    def _count(self, chunk: Chunk) -> None:
-        steps = int(chunk.counts.max())
-        self.stats.chunks += 1
-        self.stats.decode_steps += steps
-        self.stats.slot_steps += steps * len(chunk.counts)
-        self.stats.sampled_tokens += int(chunk.counts.sum())
+                cache = self.programs.extend(params, cache, extension)
+        return cache if now.copies is None else self.programs.copy(cache, now.copies)
 
     def _order(self, prompts: Sequence[Prompt]) -> list[int]:
         """Prompts whose rollouts were long the last time first, so that no long one is left alone at the end."""
@@ -182,9 +169,3 @@ class Sampler:
             return list(range(len(prompts)))
         usual = float(np.mean(list(self._lengths.values())))
         return sorted(range(len(prompts)), key=lambda number: -self._lengths.get(prompts[number].id, usual))
-
-    def _remember(self, trajectories: Sequence[Trajectory]) -> None:
-        lengths: dict[str, list[int]] = {}
-        for trajectory in trajectories:
-            lengths.setdefault(trajectory.prompt.id, []).append(int(trajectory.sampled.sum()))
-        self._lengths |= {id: float(np.mean(counts)) for id, counts in lengths.items()}

@@ -57,8 +57,8 @@ class _Lane:
         """Complete, and waiting for a slot."""
         self.missing: deque[Strand] = deque()
         """Trajectories of which something is to be computed first."""
-        self.paused: dict[int, Strand] = {}
-        """Waiting for a tool, the longest first; by identity of the object."""
+        self.paused: dict[Strand, None] = {}
+        """Waiting for a tool, the longest first."""
         self.families: deque[_Family] = deque()
 
     @property
@@ -92,9 +92,7 @@ class Scheduler:
         self._slots = -(-config.slots // lanes)
         self._rows = [max(1, rows // lanes) for rows, _, _ in config.shapes]
         self._lanes = [_Lane(self._slots, config.pages_per_lane(lanes)) for _ in range(lanes)]
-        self._lane_of: dict[int, _Lane] = {}
-        self._planned: set[int] = set()
-        """Strands of which the round being planned computes a piece."""
+        self._lane_of: dict[Strand, _Lane] = {}
         self.evictions = 0
         self.computed_tokens = 0
 
@@ -104,11 +102,6 @@ class Scheduler:
     def wanted(self) -> int:
         """How many trajectories more would find a slot now."""
         return max(lane.wanted for lane in self._lanes)
-
-    @property
-    def idle(self) -> bool:
-        """Whether there is nothing to run, and nothing on its way to a slot."""
-        return not (self.running or self.coming)
 
     @property
     def running(self) -> int:
@@ -134,24 +127,26 @@ class Scheduler:
             own = Strand(prompt.token_ids, prompt.images, prompt.positions)
             lane.families.append(_Family(own, here))
             for strand in here:
-                self._lane_of[id(strand)] = lane
+                self._lane_of[strand] = lane
 
     def pause(self, strand: Strand) -> None:
         """A strand that has stopped waits for a tool: its slot is free, its pages stay."""
-        lane = self._lane_of[id(strand)]
+        lane = self._lane_of[strand]
         lane.leave(strand)
-        lane.paused[id(strand)] = strand
+        lane.paused[strand] = None
 
     def resume(self, strand: Strand) -> None:
         """A paused strand goes on, with what was appended to it."""
-        lane = self._lane_of[id(strand)]
-        del lane.paused[id(strand)]
+        lane = self._lane_of[strand]
+        del lane.paused[strand]
         (lane.ready if strand.complete else lane.missing).append(strand)
 
     def close(self, strand: Strand) -> None:
         """A strand that has stopped, or that is paused, is done with: slot and pages are free."""
-        lane = self._lane_of.pop(id(strand))
-        if lane.paused.pop(id(strand), None) is None:
+        lane = self._lane_of.pop(strand)
+        if strand in lane.paused:
+            del lane.paused[strand]
+        else:
             lane.leave(strand)
         lane.drop_pages(strand)
 
@@ -198,15 +193,15 @@ class Scheduler:
     # Parts of strands that are not in the cache yet
 
     def _extensions(self) -> list[Extension | None]:
-        self._planned.clear()
         batches = [[[] for _ in self._lanes] for _ in self._config.shapes]
         for number, lane in enumerate(self._lanes):
+            planned: set[Strand] = set()
             for strand in self._incomplete(lane):
                 piece = strand.next_piece(self._config.shapes, self._model)
                 batch = batches[piece.shape][number]
-                if len(batch) < self._rows[piece.shape] and self._make_room(lane, strand, piece):
+                if len(batch) < self._rows[piece.shape] and self._make_room(lane, strand, piece, planned):
                     batch.append((strand, piece))
-                    self._planned.add(id(strand))
+                    planned.add(strand)
         hungry = any(len(lane.free) > len(lane.ready) for lane in self._lanes)
         return [
             self._extension(shape, batch)
@@ -218,12 +213,15 @@ class Scheduler:
     def _incomplete(self, lane: _Lane) -> list[Strand]:
         return [*lane.missing, *(family.prompt for family in lane.families if not family.prompt.complete)]
 
-    def _make_room(self, lane: _Lane, strand: Strand, piece: Piece) -> bool:
-        """Pages for a piece. A strand whose beginning is not there either waits until there is room for all of it."""
+    def _make_room(self, lane: _Lane, strand: Strand, piece: Piece, planned: set[Strand]) -> bool:
+        """Pages for a piece. A strand whose beginning is not there either waits until there is room for all of it.
+
+        Others are evicted for it only where nothing else is under way in the lane.
+        """
         needed = self._pages_for(piece.end) - len(strand.pages)
         wanted = needed if strand.cached else self._pages_for(strand.length + self._config.chunk) - len(strand.pages)
         while lane.pool.free < wanted:
-            if lane.running or lane.ready or not self._evict(lane, sparing=strand):
+            if lane.running or lane.ready or planned or not self._evict(lane, sparing=strand):
                 return False
         strand.pages += lane.pool.take(max(needed, 0)) or []
         return True
@@ -342,8 +340,8 @@ class Scheduler:
         """
         prompts = [family.prompt for family in lane.families]
         latest_first = [*lane.missing][::-1] + [*lane.ready][::-1] + [*lane.running.values()][::-1]
-        for strand in [*lane.paused.values(), *prompts, *latest_first]:
-            if not strand.pages or strand is sparing or id(strand) in self._planned:
+        for strand in [*lane.paused, *prompts, *latest_first]:
+            if not strand.pages or strand is sparing:
                 continue
             if strand in lane.ready:
                 lane.ready.remove(strand)

@@ -77,11 +77,11 @@ def task(tmp_path_factory) -> Task:
     return Task(directory / "model", files.cold_start[0], files.train)
 
 
-def start(command: str, config: Path) -> subprocess.Popen:
+def start(command: str, config: Path, *flags: str) -> subprocess.Popen:
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     environment.pop("XLA_FLAGS", None)
     return subprocess.Popen(
-        [sys.executable, "-m", "hdpo_jax", command, str(config)],
+        [sys.executable, "-m", "hdpo_jax", command, str(config), *flags],
         env=environment,
         cwd=ROOT,
         stdout=subprocess.PIPE,
@@ -144,11 +144,30 @@ def exported(run: Path) -> dict[str, np.ndarray]:
     return load_file(run / "hf" / "model.safetensors")
 
 
-def same_but_for_time(ours: list[dict], theirs: list[dict]) -> bool:
+def same_but_for_scheduling(ours: list[dict], theirs: list[dict]) -> bool:
     def what(lines: list[dict]) -> list[dict]:
-        return [{name: value for name, value in line.items() if not name.startswith("time/")} for line in lines]
+        return [{name: value for name, value in line.items() if not name.startswith(scheduling)} for line in lines]
+
+    scheduling = ("time/", "engine/")  # how long tools take decides who runs when, and nothing else
 
     return what(ours) == what(theirs)
+
+
+def test_one_program_an_iteration_is_the_same_run(task, tmp_path):
+    """`--rollout.mode fused`: what the sandbox answers, what is learned and what is logged are the same."""
+    logs = []
+    for mode in ("host_driven", "fused"):
+        run, config = tmp_path / mode, tmp_path / f"{mode}.py"
+        config.write_text(RL.format(output=str(run), model=str(task.model), data=str(task.prompts), steps=3, every=3))
+        finish(start("train", config, "--rollout.mode", mode))
+        logs.append((metrics(run), (run / "rollouts" / "step_2.jsonl").read_text(), exported(run)))
+    (host_driven, rollouts, weights), (fused, fused_rollouts, fused_weights) = logs
+    assert fused_rollouts == rollouts
+    for ours, theirs in zip(fused, host_driven, strict=True):
+        for name in (name for name in theirs if name.split("/")[0] in ("reward", "tools", "loss", "advantage", "rows")):
+            assert ours[name] == pytest.approx(theirs[name], abs=1e-4), name
+    for name, tensor in weights.items():
+        np.testing.assert_allclose(fused_weights[name], tensor, atol=1e-4, err_msg=name)
 
 
 @pytest.mark.parametrize(("command", "template"), [("sft", SFT), ("train", RL)])
@@ -177,7 +196,7 @@ def test_killed_and_resumed_is_the_run_undisturbed(task, tmp_path, command, temp
     assert [line["step"] for line in metrics(undisturbed)] == list(range(1, STEPS + 1))
     weights = exported(undisturbed)
     for run in disturbed:
-        assert same_but_for_time(metrics(run), metrics(undisturbed))
+        assert same_but_for_scheduling(metrics(run), metrics(undisturbed))
         for name, tensor in exported(run).items():
             np.testing.assert_array_equal(tensor, weights[name], err_msg=name)
     if command == "train":

@@ -1,0 +1,169 @@
+"""One iteration of HDPO: prompts in, a learned state out; driven by the host, or as one program."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from hdpo_jax.algorithm.state import TrainState, abstract_state, state_shardings
+from hdpo_jax.algorithm.update import UpdateBatch, make_update
+from hdpo_jax.config import ConfigError, RLConfig
+from hdpo_jax.rewards import Verdict, score_trajectory
+from hdpo_jax.rollout.fused import IterationFailed, make_iterate
+from hdpo_jax.rollout.packing import group_family, padding_share
+from hdpo_jax.rollout.sampler import Sampler
+from hdpo_jax.train.batching import RowBatcher
+from hdpo_jax.train.policy import Policy
+from hdpo_jax.types import Prompt, Trajectory
+from sharding.rules import shard_batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Iteration:
+    """What came of a step."""
+
+    state: TrainState
+    trajectories: Sequence[Trajectory]
+    verdicts: Sequence[Verdict]
+    metrics: Mapping[str, Any]
+
+
+Iterate = Callable[[TrainState, Sequence[Prompt], int], Iteration]
+"""`iterate(state, prompts, step number)`; the old state's buffers are donated."""
+
+
+def make_iteration(
+    config: RLConfig, policy: Policy, sampler: Sampler, optimizer: optax.GradientTransformation
+) -> Iterate:
+    """The iteration that `config.rollout.mode` names; both give the same trajectories and the same states."""
+    shardings = state_shardings(abstract_state(policy.params, optimizer))
+    update = make_update(
+        policy.graphdef,
+        optimizer,
+        config.algorithm,
+        temperature=config.rollout.temperature,
+        forbidden=policy.processor.forbidden,
+        shardings=shardings,
+    )
+    pack = RowBatcher(config.train, policy.model.config)
+    samples, mini_batches = config.train.group_size, config.train.mini_batches
+
+    def judge(trajectories: Sequence[Trajectory]) -> tuple[list[Verdict], UpdateBatch]:
+        verdicts = [score_trajectory(trajectory) for trajectory in trajectories]
+        return verdicts, assemble(trajectories, verdicts, pack, mini_batches)
+
+    def host_driven(state: TrainState, prompts: Sequence[Prompt], number: int) -> Iteration:
+        started = time.perf_counter()
+        trajectories = sampler.sample(state.params, prompts, samples=samples, step=number)
+        sampled = time.perf_counter()
+        verdicts, batch = judge(trajectories)
+        rows = shard_batch(batch.rows, policy.mesh, axis=2)
+        packed = time.perf_counter()
+        state, metrics = update(state, batch._replace(rows=rows))
+        metrics = jax.device_get(dict(metrics))
+        times = {
+            "time/rollout": sampled - started,
+            "time/pack": packed - sampled,
+            "time/update": time.perf_counter() - packed,
+        }
+        metrics |= {"rows/padding": padding_share(batch.rows), **times}
+        return Iteration(state=state, trajectories=trajectories, verdicts=verdicts, metrics=metrics)
+
+    if config.rollout.mode == "host_driven":
+        return _warmed_up(host_driven, sampler)
+
+    room = empty_batch(pack, mini_batches, config.train.prompts_per_step, samples)
+    judged: dict[str, Any] = {}
+
+    def judge_within(trajectories: Sequence[Trajectory]) -> UpdateBatch:
+        judged["verdicts"], batch = judge(trajectories)
+        needed, rows = batch.rows.token_ids.shape[1], room.rows.token_ids.shape[1]
+        if needed > rows:
+            found, least = (count * config.train.micro_batch_rows for count in (rows, needed))
+            raise ConfigError(
+                f"train.max_rows is {found}; expected at least {least}, which a batch takes: one program can not grow"
+            )
+        judged["padding"] = padding_share(batch.rows)
+        return batch
+
+    program = make_iterate(
+        sampler.programs,
+        update,
+        judge_within,
+        mesh=policy.mesh,
+        nothing=sampler.empty_round,
+        no_batch=room,
+        shardings=shardings,
+    )
+
+    def fused(state: TrainState, prompts: Sequence[Prompt], number: int) -> Iteration:
+        rollout = sampler.rollout(prompts, samples=samples, step=number)
+        try:
+            state, metrics = program(state, rollout)
+        except IterationFailed as failed:
+            raise failed.__cause__ or failed from None
+        finally:
+            rollout.close()
+        sampler.remember(rollout)
+        metrics = jax.device_get(dict(metrics)) | {"rows/padding": judged["padding"]}
+        return Iteration(state=state, trajectories=rollout.trajectories, verdicts=judged["verdicts"], metrics=metrics)
+
+    return fused
+
+
+def _warmed_up(iterate: Iterate, sampler: Sampler) -> Iterate:
+    """Compiles the rollout's programs, all of them, before the first step."""
+    warm = False
+
+    def with_warm_up(state: TrainState, prompts: Sequence[Prompt], number: int) -> Iteration:
+        nonlocal warm
+        if not warm:
+            sampler.warm_up(state.params)
+            warm = True
+        return iterate(state, prompts, number)
+
+    return with_warm_up
+
+
+def assemble(
+    trajectories: Sequence[Trajectory], verdicts: Sequence[Verdict], pack: RowBatcher, mini_batches: int
+) -> UpdateBatch:
+    """The update's input.
+
+    `trajectories` come in the order of groups and samples, every group whole. Dropped rollouts keep their place
+    and are masked.
+    """
+    groups = max(trajectory.group for trajectory in trajectories) + 1
+    size = len(trajectories) // groups
+    families = [
+        group_family(trajectories[first : first + size], first, pack.model)
+        for first in range(0, len(trajectories), size)
+    ]
+    each = groups // mini_batches
+    micro_batches: Any
+    rows, micro_batches = pack([families[first : first + each] for first in range(0, groups, each)])
+
+    def per_rollout(values: Sequence[float | bool], dtype: type) -> Any:
+        return np.asarray(values, dtype).reshape(groups, size)
+
+    return UpdateBatch(
+        rows=rows,
+        micro_batches=micro_batches,
+        accuracy_rewards=per_rollout([verdict.accuracy for verdict in verdicts], np.float32),
+        tool_rewards=per_rollout([verdict.tool for verdict in verdicts], np.float32),
+        calls=per_rollout([trajectory.calls for trajectory in trajectories], np.float32),
+        correct=per_rollout([verdict.correct for verdict in verdicts], np.bool_),
+        usable=per_rollout([trajectory.usable for trajectory in trajectories], np.bool_),
+    )
+
+
+def empty_batch(pack: RowBatcher, mini_batches: int, prompts: int, samples: int) -> UpdateBatch:
+    """A batch without a rollout, with the shapes and types of those that `assemble` makes."""
+    rows, micro_batches = pack([[] for _ in range(mini_batches)])
+    numbers, flags = np.zeros((prompts, samples), np.float32), np.zeros((prompts, samples), np.bool_)
+    arrays: list[Any] = [rows, micro_batches, numbers, numbers, numbers, flags, flags]
+    return UpdateBatch(*arrays)
