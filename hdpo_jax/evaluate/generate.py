@@ -9,7 +9,7 @@ from typing import Any
 from rich.progress import Progress
 
 from hdpo_jax.config import AgentConfig, Dtype, ModelConfig, RolloutConfig, ToolsConfig
-from hdpo_jax.evaluate.messages import GivenMessages, encode_given, read_conversations
+from hdpo_jax.evaluate.messages import GivenMessages, encode_given, power_of_two, read_conversations
 from hdpo_jax.files import write_text_atomically
 from hdpo_jax.tools.protocol import TOOL_CALL_END, parse_tool_call
 from hdpo_jax.tools.toolbox import ToolBox
@@ -46,7 +46,7 @@ def generate_file(
         agent = AgentConfig(
             max_response_tokens=max_new_tokens,
             max_calls=10 if tools else 0,
-            max_observation_tokens=_power_of_two(max_new_tokens),
+            max_observation_tokens=power_of_two(max_new_tokens),
         )
         sampler = policy.sampler(toolbox, agent=agent, rollout=rollout, seed=seed)
         prompts = [
@@ -98,7 +98,7 @@ def _rollout_for(
         encoded = encode_given(policy.processor, conversation)
         sizes.append((len(encoded.token_ids), sum(len(image.patches) for image in encoded.images)))
     tokens, patches = (max(size) for size in zip(*sizes, strict=True))
-    rows, length = min(ROWS, len(conversations)), min(MAX_PIECE, _power_of_two(tokens))
+    rows, length = min(ROWS, len(conversations)), min(MAX_PIECE, power_of_two(tokens))
     # What tools show is bounded by the response's tokens, which four patches each are merged into.
     shown = policy.model.config.vision.spatial_merge_size**2 * max_new_tokens if with_tools else 0
     return RolloutConfig(
@@ -108,11 +108,7 @@ def _rollout_for(
         page=PAGE,
         shapes=(
             (rows, length, 0),
-            *([(rows, length, _power_of_two(max(patches, shown)))] if patches + shown else []),
+            *([(rows, length, power_of_two(max(patches, shown)))] if patches + shown else []),
         ),
         temperature=temperature,
     )
-
-
-def _power_of_two(size: int, least: int = 64) -> int:
-    return max(least, 1 << (size - 1).bit_length())

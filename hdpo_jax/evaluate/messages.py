@@ -89,3 +89,8 @@ def _checked(record: Any) -> list[dict[str, Any]]:
 def _images(messages: Sequence[Mapping[str, Any]]) -> list[bytes]:
     contents = [message["content"] for message in messages if not isinstance(message["content"], str)]
     return [read_image_file(part["image"]) for content in contents for part in content if part["type"] == "image"]
+
+
+def power_of_two(size: int, least: int = 64) -> int:
+    """The static size, a power of two like `least`, that holds `size`: few sizes, few compilations."""
+    return max(least, 1 << (size - 1).bit_length())

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from hdpo_jax.config import Dtype, ModelConfig
-from hdpo_jax.evaluate.messages import encode_given, read_conversations
+from hdpo_jax.evaluate.messages import encode_given, power_of_two, read_conversations
 from hdpo_jax.files import replacing
 from hdpo_jax.train.policy import load_policy
 from models.logprobs import token_logprobs
@@ -126,17 +126,11 @@ def _batches(
     waiting: dict[tuple[int, int], list[tuple[int, EncodedPrompt]]] = defaultdict(list)
     for index, prompt in encoded:
         patches = sum(len(image.patches) for image in prompt.images)
-        size = _doubled(LEAST_TOKENS, len(prompt.token_ids)), _doubled(LEAST_PATCHES, patches) if patches else 0
+        size = power_of_two(len(prompt.token_ids), LEAST_TOKENS), power_of_two(patches, LEAST_PATCHES) if patches else 0
         waiting[size].append((index, prompt))
         if len(waiting[size]) == rows:
             yield size, waiting.pop(size)
     yield from waiting.items()
-
-
-def _doubled(least: int, needed: int) -> int:
-    while least < needed:
-        least *= 2
-    return least
 
 
 def _by_number(name: str) -> tuple[int, str]:
