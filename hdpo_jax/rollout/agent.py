@@ -22,7 +22,6 @@ from hdpo_jax.rollout.engine import Chunk
 from hdpo_jax.rollout.live import Live
 from hdpo_jax.rollout.prompts import Intake, PromptEncoder, count_patches
 from hdpo_jax.rollout.scheduler import Round, Sampled, Scheduler
-from hdpo_jax.rollout.stats import RolloutStats
 from hdpo_jax.rollout.strands import Strand
 from hdpo_jax.tools.protocol import parse_tool_call
 from hdpo_jax.tools.toolbox import Session, ToolBox
@@ -81,7 +80,7 @@ class Rollout:
         self._live: dict[Strand, Live] = {}
         self._calls: dict[Future[_Answer], Live] = {}
         self._finished: deque[Trajectory] = deque()
-        self.stats = RolloutStats()
+        self.stats = scheduler.stats
 
     def next(self, chunk: Chunk | None) -> Round | None:
         """What to run now, after `chunk` (None: nothing was decoded); None when every trajectory has ended."""
@@ -94,11 +93,7 @@ class Rollout:
         self._gather_answers()
         if not self._live and not self._prompts:
             return None
-        planned = self._scheduler.plan()
-        self.stats.computed_tokens = self._scheduler.computed_tokens
-        self.stats.evictions = self._scheduler.evictions
-        self.stats.peak_pages = self._scheduler.peak_pages
-        return planned
+        return self._scheduler.plan()
 
     @property
     def trajectories(self) -> list[Trajectory]:

@@ -13,6 +13,7 @@ import numpy as np
 from hdpo_jax.config import RolloutConfig
 from hdpo_jax.rollout.engine import Chunk, Copies, Extension, Running
 from hdpo_jax.rollout.pages import PagePool
+from hdpo_jax.rollout.stats import RolloutStats
 from hdpo_jax.rollout.strands import Piece, Strand
 from models.qwen3_vl import Qwen3VLConfig
 from models.qwen3_vl.images import pack_images
@@ -93,8 +94,7 @@ class Scheduler:
         self._rows = [max(1, rows // lanes) for rows, _, _ in config.shapes]
         self._lanes = [_Lane(self._slots, config.pages_per_lane(lanes)) for _ in range(lanes)]
         self._lane_of: dict[Strand, _Lane] = {}
-        self.evictions = 0
-        self.computed_tokens = 0
+        self.stats = RolloutStats()
 
     # What the agent says
 
@@ -111,10 +111,6 @@ class Scheduler:
     def coming(self) -> int:
         """Trajectories that will run as soon as there is a slot, or as what they miss is computed."""
         return sum(lane.coming for lane in self._lanes)
-
-    @property
-    def peak_pages(self) -> int:
-        return sum(lane.pool.peak for lane in self._lanes)
 
     def open(self, prompt: Strand, members: Sequence[Strand]) -> None:
         """A prompt is to be computed, once a lane, and trajectories to go on from it."""
@@ -183,6 +179,7 @@ class Scheduler:
         copies = self._fill_slots()
         computing = any(extension is not None for extension in extensions)
         running = None if computing and self._better_filled_first() else self._running()
+        self.stats.peak_pages = sum(lane.pool.peak for lane in self._lanes)
         return Round(extensions, copies, running)
 
     def _better_filled_first(self) -> bool:
@@ -249,7 +246,7 @@ class Scheduler:
 
     def _computed(self, lane: _Lane, strand: Strand, piece: Piece) -> None:
         strand.cached = piece.end
-        self.computed_tokens += piece.end - piece.begin
+        self.stats.computed_tokens += piece.end - piece.begin
         if strand.complete and strand in lane.missing:
             lane.missing.remove(strand)
             lane.ready.append(strand)
@@ -350,7 +347,7 @@ class Scheduler:
                 lane.leave(strand)
                 lane.missing.append(strand)
             lane.drop_pages(strand)
-            self.evictions += 1
+            self.stats.evictions += 1
             return True
         return False
 
