@@ -14,7 +14,7 @@ ENDLESS = "9^{9^{9^9}}"
 
 @pytest.fixture(scope="module")
 def processes():
-    processes = MathProcesses(seconds=1.0, processes=2)
+    processes = MathProcesses(seconds=5.0, processes=2)
     yield processes
     processes.close()
 

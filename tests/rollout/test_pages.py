@@ -102,7 +102,7 @@ def test_a_lane_always_holds_one_trajectory_and_a_page():
 
 
 def test_a_call_that_never_answers_is_given_up_and_holds_up_nobody():
-    pool = CallPool(workers=1, seconds=0.1)
+    pool = CallPool(workers=1, seconds=1.0)
     stuck, after = pool.submit(threading.Event().wait), pool.submit(lambda: 5)
     deadline = time.monotonic() + 30
     while not after.done() and time.monotonic() < deadline:
