@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 # More extras of pyproject.toml, each with a leading comma: make setup EXTRAS=,cuda
 EXTRAS ?=
 ARGS ?=
+# One benchmark of tests/bench by name; none: all of them.
+BENCH ?=
 
 # Stamps: what the environment holds. Using the package needs less than testing it (torch is the tests' oracle).
 RUNTIME := $(VENV)/.installed
@@ -45,8 +47,8 @@ format: $(TESTING)  ## let ruff mend what it can
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: $(TESTING)  ## the benchmarks of tests/bench, printed
-	for bench in tests/bench/*.py; do $(BIN)/python $$bench $(ARGS) || exit 1; done
+bench: $(TESTING)  ## run tests/bench, write docs/bench.md and the README's table (BENCH=update: one of them)
+	$(BIN)/python -m tests.bench $(BENCH) $(ARGS)
 
 clean:  ## remove .venv, caches and build leftovers; runs stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

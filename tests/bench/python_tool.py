@@ -1,12 +1,13 @@
-"""What a call of the python tool costs: `python tests/bench/python_tool.py [sessions]`.
+"""What a call of the python tool costs: wall time of calls, CPU time of a session, throughput with several threads.
 
-Prints wall time of calls, CPU time of a session (host, fork server, session) and throughput with several threads.
+python -m tests.bench.python_tool [sessions]
 """
 
 import io
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -16,18 +17,11 @@ from hdpo_jax.config import ToolsConfig
 from hdpo_jax.tools import ToolBox
 from hdpo_jax.tools.python_sandbox import PythonTool
 from hdpo_jax.types import ToolCall
+from tests.bench.table import Row, markdown
 
 CROP = ToolCall(name="python", arguments={"code": "image_1.crop((16, 16, 80, 80))"})
 SETTLE_SECONDS = 1.0
 """Sessions end after `close` returns."""
-
-
-def cpu_seconds(server: int) -> float:
-    """Of this process, the fork server, and the sessions that it has reaped."""
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    with open(f"/proc/{server}/stat") as file:
-        ticks = file.read().rpartition(")")[2].split()[11:15]
-    return usage.ru_utime + usage.ru_stime + sum(map(int, ticks)) / 100
 
 
 def main(sessions: int) -> None:
@@ -35,13 +29,18 @@ def main(sessions: int) -> None:
     Image.effect_noise((512, 512), 20).convert("RGB").save(file, "JPEG", quality=90)
     start = time.perf_counter()
     with ToolBox(ToolsConfig()) as box:
-        print(f"start {time.perf_counter() - start:.2f} s")
+        started = time.perf_counter() - start
+        print(f"the tool stands after {started:.2f} s; {sessions} sessions of two calls each")
         tool = box.tool("python")
         assert isinstance(tool, PythonTool)
-        measure(box, tool.server.process_id, file.getvalue(), sessions)
+        rows = [
+            Row("start of the tool", started, unit="s"),
+            *measure(box, tool.server.process_id, file.getvalue(), sessions),
+        ]
+    print(markdown(rows))
 
 
-def measure(box: ToolBox, server: int, image: bytes, sessions: int) -> None:
+def measure(box: ToolBox, server: int, image: bytes, sessions: int) -> Iterator[Row]:
     def visit(_: int) -> tuple[float, float, float]:
         session = box.session([image])
         marks = [time.perf_counter()]
@@ -58,15 +57,23 @@ def measure(box: ToolBox, server: int, image: bytes, sessions: int) -> None:
     times = np.array([visit(index) for index in range(sessions)]) * 1e3
     time.sleep(SETTLE_SECONDS)
     cpu = (cpu_seconds(server) - before) / sessions * 1e3
-    for share in (50, 95):
-        first, warm, close = np.percentile(times, share, axis=0)
-        print(f"  p{share}: first call {first:.2f} ms, second {warm:.2f} ms, close {close:.2f} ms")
-    print(f"  CPU of a session with two calls: {cpu:.2f} ms")
+    for name, column in zip(("first call", "second call", "close"), times.T, strict=True):
+        yield Row(f"{name}, median", float(np.median(column)), unit="ms")
+        yield Row(f"{name}, 95th percentile", float(np.percentile(column, 95)), unit="ms")
+    yield Row("CPU of a session with two calls", cpu, unit="ms")
     for threads in (1, 2, 8):
         start = time.perf_counter()
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(visit, range(sessions)))
-        print(f"  {threads} threads: {sessions / (time.perf_counter() - start):.0f} sessions/s")
+        yield Row(f"sessions/s from {threads} threads", sessions / (time.perf_counter() - start))
+
+
+def cpu_seconds(server: int) -> float:
+    """Of this process, the fork server, and the sessions that it has reaped."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    with open(f"/proc/{server}/stat") as file:
+        ticks = file.read().rpartition(")")[2].split()[11:15]
+    return usage.ru_utime + usage.ru_stime + sum(map(int, ticks)) / 100
 
 
 if __name__ == "__main__":
