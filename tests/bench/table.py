@@ -79,14 +79,18 @@ def with_summary(readme: str, sections: Mapping[str, Section]) -> str:
     start, end = README_MARKS
     if readme.count(start) != 1 or readme.count(end) != 1:
         raise ValueError(f"the README needs {start} and {end}, once each")
-    rows = [line for section in sections.values() for line in section.table.splitlines()[2:] if _has_target(line)]
+    rows: list[str] = []
     measured: dict[str, list[str]] = {}
     for section in sections.values():
-        measured.setdefault(section.stamp, []).append(section.name)
+        aimed = [line for line in section.table.splitlines()[2:] if _has_target(line)]
+        rows += aimed
+        if aimed:
+            measured.setdefault(section.stamp, []).append(section.name)
     stamps = [f"Measured ({', '.join(names)}): {stamp}" for stamp, names in measured.items()]
     before, rest = readme.split(start)
     after = rest.split(end)[1]
-    return f"{before}{start}\n" + "\n".join([*HEADER, *rows]) + "\n\n" + "\n\n".join(stamps) + f"\n{end}{after}"
+    blocks = ["\n".join([*HEADER, *rows]), *stamps] if rows else []
+    return f"{before}{start}\n" + "".join(f"{block}\n" for block in "\n\n".join(blocks).splitlines()) + f"{end}{after}"
 
 
 def _has_target(line: str) -> bool:

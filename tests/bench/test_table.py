@@ -58,7 +58,7 @@ def test_the_readme_takes_the_rows_with_a_target_and_keeps_the_rest():
     )
     assert "| an update |" in written and "old" not in written
     assert "tokens/s" not in written and "learn" not in written  # no target
-    assert "Measured (update): 1 May, a machine." in written
+    assert "Measured (update): 1 May, a machine." in written and "2 May" not in written
     assert with_summary(written, SECTIONS) == written
     with pytest.raises(ValueError, match="once each"):
         with_summary("# A\n", SECTIONS)
