@@ -86,6 +86,7 @@ class Sampler:
         randomness. `on_finished` hears of each trajectory as it ends.
         """
         rollout = self.rollout(prompts, samples=samples, step=step, first_prompt=first_prompt, on_finished=on_finished)
+        self.stats = rollout.stats
         try:
             with jax.set_mesh(self._mesh):
                 self._run(params, rollout)

@@ -1,0 +1,161 @@
+"""Our side of the rollout benchmark, and what it shares with the plain loop: policy, tools, prompts."""
+
+import functools
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from hdpo_jax.config import AgentConfig, ModelConfig, RolloutConfig
+from hdpo_jax.rollout.sampler import Sampler
+from hdpo_jax.tools.toolbox import ToolBox
+from hdpo_jax.train.policy import Policy, load_policy
+from hdpo_jax.types import Observation, Prompt, ToolCall, Trajectory
+from sharding.mesh import MeshAxes
+from tests.bench.chat_model import make_prompts, write_chat_model
+from tests.bench.rollout_sizes import (
+    FIXED,
+    GROUP,
+    MAX_CALLS,
+    MIXED,
+    OBSERVATION,
+    TOOL_SECONDS,
+    TURN_TOKENS,
+    WAITING,
+    Sizes,
+)
+
+
+class SlowTools:
+    """A toolbox that takes its time, and says the same to every call."""
+
+    workers = 64
+
+    def session(self, images: Sequence[bytes]) -> "SlowTools":
+        return self
+
+    def call(self, call: ToolCall) -> Observation:
+        time.sleep(TOOL_SECONDS)
+        return Observation(text=OBSERVATION)
+
+    def close(self) -> None:
+        pass
+
+
+def prepare(directory: Path) -> None:
+    write_chat_model(directory, longest_edge=GROUP.image_side)
+
+
+@functools.cache
+def policy(directory: str, stops: bool) -> Policy:
+    """The model; with `stops` every token is a few dozen to one that ends the turn, else none does."""
+    loaded = load_policy(ModelConfig(path=directory, dtype="float32", remat="nothing"), MeshAxes())
+    processor = loaded.processor
+    forbidden = processor.forbidden.copy()
+    if stops:
+        ends = [processor.stop_ids[0], *processor.tool_call_end]
+        letters = np.flatnonzero(~forbidden)[: len(ends) * TURN_TOKENS - len(ends)]
+        forbidden[:] = True
+        forbidden[[*letters, *ends]] = False
+    else:
+        forbidden[list(processor.stop_ids)] = True
+    processor.forbidden = forbidden
+    return loaded
+
+
+@functools.cache
+def prompts(directory: str, sizes: Sizes) -> list[Prompt]:
+    return make_prompts(policy(directory, False).processor, sizes.prompts, sizes.prompt_tokens, sizes.image_side)
+
+
+def agent(sizes: Sizes) -> AgentConfig:
+    return AgentConfig(max_calls=MAX_CALLS, max_response_tokens=sizes.new_tokens, max_observation_tokens=64)
+
+
+def rollout_config(sizes: Sizes) -> RolloutConfig:
+    return RolloutConfig(
+        slots=sizes.rows,
+        in_flight=4 * sizes.rows,
+        capacity=sizes.capacity,
+        patches=sizes.patches,
+        page=64,
+        chunk=32,
+        return_early=0.1,
+        shapes=((4, 64, 0), (4, sizes.prompt_tokens, sizes.patches)),
+    )
+
+
+@functools.cache
+def sampler(directory: str, sizes: Sizes, config: RolloutConfig, tools: bool) -> Sampler:
+    """Compiled."""
+    loaded, toolbox = policy(directory, tools), SlowTools() if tools else None
+    made = loaded.sampler(cast(ToolBox | None, toolbox), agent=agent(sizes), rollout=config, seed=0)
+    made.warm_up(loaded.params)
+    return made
+
+
+def run(directory: str, sizes: Sizes, *, tools: bool = False, **changes: Any) -> dict[str, Any]:
+    """One batch: seconds, tokens, and what the sampler counted."""
+    ours = sampler(directory, sizes, replace(rollout_config(sizes), **changes), tools)
+    started = time.perf_counter()
+    params = policy(directory, tools).params
+    found = ours.sample(params, prompts(directory, sizes), samples=sizes.samples, step=0)
+    return {
+        "seconds": time.perf_counter() - started,
+        "prefill_seconds": ours.stats.extend_seconds,
+        "decode_steps": ours.stats.decode_steps,
+        "token_ids": [one.token_ids.tolist() for one in found],
+    }
+
+
+def fixed(directory: str) -> dict[str, Any]:
+    return run(directory, FIXED, chunk=64)
+
+
+def mixed(directory: str) -> dict[str, Any]:
+    return run(directory, MIXED, tools=True)
+
+
+def group_of_one_prompt(directory: str) -> dict[str, float]:
+    """Prompt tokens computed, and the cache's bytes, for a group; and for as many prompts of one rollout each."""
+    config = replace(rollout_config(GROUP), page=32, shapes=((1, 2_048, GROUP.patches),))
+    ours, asked = sampler(directory, GROUP, config, False), prompts(directory, GROUP)
+    loaded = policy(directory, False)
+    text = loaded.model.config.text
+    a_page = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * config.page * 4
+    found = {}
+    for name, batch, samples in (("", asked, GROUP.samples), ("unshared_", asked * GROUP.samples, 1)):
+        ours.sample(loaded.params, batch, samples=samples, step=0)
+        found[f"{name}tokens"] = ours.stats.computed_tokens
+        found[f"{name}bytes"] = ours.stats.peak_pages * a_page
+    return found
+
+
+def chunk_overhead(directory: str) -> float:
+    """Seconds that a chunk takes beside its decode steps: chunks of 1 step against chunks of 64, the same tokens."""
+    found = [run(directory, FIXED, chunk=chunk) for chunk in (64, 1)]
+    chunks = FIXED.new_tokens - -(-FIXED.new_tokens // 64)
+    decoding = [one["seconds"] - one["prefill_seconds"] for one in found]
+    return (decoding[1] - decoding[0]) / chunks
+
+
+def many_waiting(directory: str) -> dict[str, float]:
+    """Share of the decode capacity that is used: as long as there are as many rollouts as slots, and to the end."""
+    ours = sampler(directory, WAITING, rollout_config(WAITING), True)
+    counted: list[tuple[int, int]] = []
+
+    def count(_: Trajectory) -> None:
+        counted.append((ours.stats.sampled_tokens, ours.stats.slot_steps))
+
+    ours.sample(
+        policy(directory, True).params,
+        prompts(directory, WAITING),
+        samples=WAITING.samples,
+        step=0,
+        on_finished=count,
+    )
+    tokens, steps = counted[-WAITING.rows - 1]
+    return {"while_waiting": tokens / steps, "whole": ours.stats.occupancy}
