@@ -11,6 +11,8 @@ from models.qwen3_vl.cache import KVCache, by_lane
 
 # Finite, so that a query that sees nothing (padding) gives an average and not NaN, forward and backward.
 HIDDEN = -1e30
+CAUSAL_BLOCK = 128
+"""Queries of whole rows that are computed at a time, at least."""
 BLOCK_TOKENS = 256
 """Cached tokens that many queries look at at a time; a decode step looks at a page."""
 
@@ -63,6 +65,33 @@ def attention(
     shares = jax.nn.softmax(scores, axis=-1).astype(rows.dtype).reshape(batch, kv_heads, -1, tokens)
     attended = jnp.einsum("bkqs,bksd->bkqd", shares, values.astype(rows.dtype))
     return attended.reshape(batch, heads, length, size).swapaxes(1, 2)
+
+
+def causal_attention(
+    queries: Float[Array, "batch tokens heads size"],
+    keys: Float[Array, "batch kv_heads tokens size"],
+    values: Float[Array, "batch kv_heads tokens size"],
+    visibility: Visibility,
+) -> Float[Array, "batch tokens heads size"]:
+    """`attention` of whole rows whose index counts up: a block of queries leaves out the keys that come after it.
+
+    With eight blocks, 9 scores of 16 are computed.
+    """
+    tokens = queries.shape[1]
+    block = max(CAUSAL_BLOCK, -(-tokens // 8))
+
+    def attend(start: int) -> Array:
+        span, stop = slice(start, start + block), start + block
+        query_ids, prefix_ids, key_ids, index = visibility
+        seen = Visibility(
+            query_ids=None if query_ids is None else query_ids[:, span],
+            prefix_ids=None if prefix_ids is None else prefix_ids[:, span],
+            key_ids=None if key_ids is None else key_ids[:, :stop],
+            query_index=None if index is None else index[:, span],
+        )
+        return attention(queries[:, span], keys[:, :, :stop], values[:, :, :stop], seen)
+
+    return jnp.concatenate([attend(start) for start in range(0, tokens, block)], axis=1)
 
 
 def paged_attention(

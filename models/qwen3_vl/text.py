@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from models.qwen3_vl.attention import Visibility, attention, paged_attention
+from models.qwen3_vl.attention import Visibility, causal_attention, paged_attention
 from models.qwen3_vl.cache import KVCache
 from models.qwen3_vl.config import Qwen3VLConfig, TextConfig
 from models.qwen3_vl.layers import ACTIVATION_FUNCTIONS, Linear, Precision, Remat, RMSNorm, scan, stack
@@ -80,7 +80,7 @@ class Decoder(nnx.Module):
 
         def body(layer: TextLayer, x: Array, index: Array) -> Array:
             queries, keys, values = layer.queries_keys_values(x, rotation)
-            attended = attention(queries, keys.swapaxes(1, 2), values.swapaxes(1, 2), visibility)
+            attended = causal_attention(queries, keys.swapaxes(1, 2), values.swapaxes(1, 2), visibility)
             return _add_features(layer.finish(x, attended), deepstack, index)
 
         return self.norm(scan(self.layers, body, x, self._layer_indices(), remat=remat))

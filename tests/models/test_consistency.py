@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from models.qwen3_vl import KVCache, Qwen3VLConfig, load_hf
-from models.qwen3_vl.attention import Visibility, attention, paged_attention
+from models.qwen3_vl.attention import CAUSAL_BLOCK, Visibility, attention, causal_attention, paged_attention
 from models.qwen3_vl.cache import unshared_table
 from models.qwen3_vl.images import feature_indices, mrope_positions, pack_images
 from sharding import make_mesh, shard_batch
@@ -246,6 +246,35 @@ def test_attention_to_a_cache(length):
     np.testing.assert_allclose(found, expected, atol=1e-5)
     found = attention(jnp.asarray(queries), keys, values, Visibility(query_index=jnp.asarray(index)))
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_causal_attention_leaves_out_what_no_query_sees():
+    """Several blocks, the last in part full, and a prompt in the first that responses in all of them see."""
+    tokens = 2 * CAUSAL_BLOCK + 41
+    random = np.random.default_rng(0)
+    queries = jnp.asarray(random.standard_normal((2, tokens, 6, 10)), jnp.float32)
+    keys, values = jnp.asarray(random.standard_normal((2, 2, 2, tokens, 10)), jnp.float32)
+    segments = np.repeat([1, 2, 3, 4, 0], [60, 100, 90, 30, tokens - 280])
+    ids = np.stack([segments, np.ones(tokens, int)])
+    prefixes = np.where(ids > 1, 1, ids)
+    index = np.broadcast_to(np.arange(tokens), ids.shape)
+    visibility = Visibility(*map(jnp.asarray, (ids, prefixes, ids, index)))
+
+    found = jax.jit(causal_attention)(queries, keys, values, visibility)
+    visible = np.asarray(visibility.mask(tokens))
+    some = np.array([0, 70, 127, 128, 200, 255, 256, 279])  # not of the padding: what it sees is nobody's
+    expected = naive_attention(np.asarray(queries[:, some]), np.asarray(keys), np.asarray(values), visible[:, some])
+    np.testing.assert_allclose(found[:, some], expected, atol=1e-5)
+
+    def learned(attend, *inputs):
+        return jnp.where(ids[..., None, None] > 0, attend(*inputs, visibility), 0).var()
+
+    gradients = [
+        jax.jit(jax.grad(functools.partial(learned, attend), argnums=(0, 1, 2)))(queries, keys, values)
+        for attend in (causal_attention, attention)
+    ]
+    for ours, whole_ in zip(*gradients, strict=True):
+        np.testing.assert_allclose(ours, whole_, atol=1e-8, rtol=1e-4)
 
 
 def test_bfloat16_is_near(pair):
