@@ -194,9 +194,14 @@ class AlgorithmConfig:
     clip_low: float = 0.2
     clip_high: float = 0.2
     dual_clip: float = 3.0
+    importance_cap: float = 0.0
+    """Truncated importance sampling: a token's loss is multiplied by its probability before the update over the one
+    that it was drawn with, at most by this. 0: not at all, which is right where the same policy does both."""
 
     def __post_init__(self):
         _at_least(self, "algorithm", 0, "coupling", "w_acc", "w_tool", "clip_low", "clip_high")
+        cap = self.importance_cap
+        _require(cap == 0 or cap >= 1, "algorithm.importance_cap", cap, "0 (off), or at least 1")
         _require(self.dual_clip > 1, "algorithm.dual_clip", self.dual_clip, "more than 1")
 
 

@@ -41,6 +41,7 @@ from hdpo_jax.config_files import config_names
         (RolloutConfig, "rollout", {"return_early": 0.0}),
         (RolloutConfig, "rollout", {"shapes": ()}),
         (AlgorithmConfig, "algorithm", {"w_tool": -0.1}),
+        (AlgorithmConfig, "algorithm", {"importance_cap": 0.5}),
         (OptimizerConfig, "optimizer", {"b2": 1.0}),
         (OptimizerConfig, "optimizer", {"clip_norm": 0.0}),
         (RLTrainConfig, "train", {"steps": -5}),
