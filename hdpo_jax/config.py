@@ -194,9 +194,14 @@ class AlgorithmConfig:
     clip_low: float = 0.2
     clip_high: float = 0.2
     dual_clip: float = 3.0
+    importance_cap: float = 0.0
+    """Truncated importance sampling: a token's loss is multiplied by its probability before the update over the one
+    that it was drawn with, at most by this. 0: not at all, which is right where the same policy does both."""
 
     def __post_init__(self):
         _at_least(self, "algorithm", 0, "coupling", "w_acc", "w_tool", "clip_low", "clip_high")
+        cap = self.importance_cap
+        _require(cap == 0 or cap >= 1, "algorithm.importance_cap", cap, "0 (off), or at least 1")
         _require(self.dual_clip > 1, "algorithm.dual_clip", self.dual_clip, "more than 1")
 
 
@@ -252,11 +257,17 @@ class RLTrainConfig(TrainConfig):
     """Optimizer steps a rollout step, each on an equal share of the prompts."""
     dump_every: int = 10
     """Steps between two rollout dumps; 0: none."""
+    off_policy_steps: int = 0
+    """1: while a step's update runs, the next step's rollouts are already sampled, with the parameters that the update
+    began with: `algorithm.importance_cap` weighs what they have become since. Costs the memory of a second copy of the
+    parameters, in `model.param_dtype`, and of the key-value cache, both beside the update. The first step, and the
+    first after a resume, is sampled on-policy. 0: sampling and learning take turns, exactly on-policy."""
 
     def __post_init__(self):
         super().__post_init__()
         _at_least(self, "train", 0, "dump_every")
         _at_least(self, "train", 1, "prompts_per_step", "group_size")
+        _require(self.off_policy_steps in (0, 1), "train.off_policy_steps", self.off_policy_steps, "0 or 1")
         divides = self.mini_batches > 0 and self.prompts_per_step % self.mini_batches == 0
         _require(divides, "train.mini_batches", self.mini_batches, "a divisor of train.prompts_per_step")
 
@@ -303,5 +314,10 @@ class RLConfig:
         for name, least in (("row_tokens", self.rollout.capacity), ("row_patches", self.rollout.patches)):
             found = getattr(self.train, name)
             _require(found >= least, f"train.{name}", found, f"at least {least}, which rollout.* allows a trajectory")
+        if self.train.off_policy_steps:
+            apart = self.rollout.mode != "fused"
+            _require(apart, "train.off_policy_steps", 1, "0 with rollout.mode fused: one program takes turns")
+            cap = self.algorithm.importance_cap
+            _require(cap > 0, "algorithm.importance_cap", cap, "one for train.off_policy_steps 1, e.g. 2.0")
         known = self.rollout.mode != "fused" or self.train.max_rows > 0
         _require(known, "train.max_rows", 0, "the rows of a batch, at most: rollout.mode fused compiles for them")

@@ -128,5 +128,7 @@ class PackedRows(NamedTuple):
     rollout: Int[Array, "rows tokens"]
     """Which rollout of the batch (group * G + sample) a position belongs to; 0 where the mask is False."""
     logprobs: Float[Array, "rows tokens"]
-    """The sampler's log-probability of the target; 0 where the mask is False."""
+    """The sampler's log-probability of the target, nothing truncated; 0 where the mask is False."""
+    sampled_logprobs: Float[Array, "rows tokens"]
+    """The same under the distribution that the target was drawn from."""
     images: PackedImages | None

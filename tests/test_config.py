@@ -41,11 +41,13 @@ from hdpo_jax.config_files import config_names
         (RolloutConfig, "rollout", {"return_early": 0.0}),
         (RolloutConfig, "rollout", {"shapes": ()}),
         (AlgorithmConfig, "algorithm", {"w_tool": -0.1}),
+        (AlgorithmConfig, "algorithm", {"importance_cap": 0.5}),
         (OptimizerConfig, "optimizer", {"b2": 1.0}),
         (OptimizerConfig, "optimizer", {"clip_norm": 0.0}),
         (RLTrainConfig, "train", {"steps": -5}),
         (RLTrainConfig, "train", {"micro_batch_rows": 0}),
         (RLTrainConfig, "train", {"mini_batches": 3}),
+        (RLTrainConfig, "train", {"off_policy_steps": 2}),
         (SFTTrainConfig, "train", {"batch_size": 0}),
         (SFTTrainConfig, "train", {"keep_checkpoints": 0}),
     ],
@@ -79,3 +81,21 @@ def test_a_run_that_could_meet_a_trajectory_without_room_is_refused(part, settin
     assert isinstance(config, RLConfig)
     with pytest.raises(ConfigError, match=said):
         replace(config, **{part: replace(getattr(config, part), **settings)})
+
+
+@pytest.mark.parametrize(
+    ("cap", "mode", "said"),
+    [
+        (0.0, "host_driven", "algorithm.importance_cap is 0.0; expected one for train.off_policy_steps 1, e.g. 2.0"),
+        (2.0, "fused", "train.off_policy_steps is 1; expected 0 with rollout.mode fused"),
+    ],
+)
+def test_sampling_ahead_is_refused_where_it_would_be_wrong_or_in_vain(cap, mode, said):
+    config = signs_hdpo.get_config()
+    with pytest.raises(ConfigError, match=f"^{said}"):
+        replace(
+            config,
+            rollout=replace(config.rollout, mode=mode),
+            algorithm=replace(config.algorithm, importance_cap=cap),
+            train=replace(config.train, off_policy_steps=1),
+        )

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -10,6 +11,18 @@ from jaxtyping import Array, Bool, Float
 def importance_ratio(logp: Float[Array, "*tokens"], logp_old: Float[Array, "*tokens"]) -> Float[Array, "*tokens"]:
     """How much likelier a token is now than when it was sampled: exp(clip(logp - logp_old, -20, 20))."""
     return jnp.exp(jnp.clip(logp - logp_old, -20.0, 20.0))
+
+
+def importance_weights(
+    logp_old: Float[Array, "*tokens"], sampled_logp: Float[Array, "*tokens"], cap: float
+) -> Float[Array, "*tokens"]:
+    """How much likelier the learning policy was to sample a token than the one that did, `cap` at most.
+
+        w = min(exp(clip(logp_old - sampled_logp, -20, 20)), cap)        (truncated importance sampling)
+
+    `sampled_logp` is under the distribution that the token was drawn from.
+    """
+    return jnp.minimum(importance_ratio(logp_old, sampled_logp), cap)
 
 
 def clipped_surrogate(
@@ -50,12 +63,14 @@ def hdpo_token_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float = 3.0,
+    importance: Float[Array, "*tokens"] | None = None,
 ) -> tuple[Float[Array, ""], Mapping[str, Float[Array, ""]]]:
     """The part of a mini-batch's loss that falls on these tokens; the parts add up, however it is cut.
 
-        w_acc sum_m L(A_acc) / |m|  +  w_tool sum_m_tool L(A_tool) / |m_tool|
+        w_acc sum_m w L(A_acc) / |m|  +  w_tool sum_m_tool w L(A_tool) / |m_tool|
 
-    `counts` holds |m| and |m_tool| of the *whole* mini-batch. The metrics add up over the parts as the loss does.
+    `counts` holds |m| and |m_tool| of the *whole* mini-batch. `importance` is w, constant whatever it was made from;
+    None: 1. The metrics add up over the parts as the loss does.
     """
     # Masked tokens may hold anything: they leave before exp, where a NaN would still reach the gradient.
     ratio = importance_ratio(jnp.where(acc_mask, logp, 0), jnp.where(acc_mask, logp_old, 0))
@@ -64,6 +79,9 @@ def hdpo_token_loss(
 
     acc_losses = clipped_surrogate(ratio, acc_advantages, **clips)
     tool_losses = clipped_surrogate(ratio, tool_advantages, **clips)
+    if importance is not None:
+        weights = jax.lax.stop_gradient(jnp.where(acc_mask, importance, 0))
+        acc_losses, tool_losses = weights * acc_losses, weights * tool_losses
     acc = jnp.where(acc_mask, acc_losses, 0).sum() / acc_tokens
     tool = jnp.where(tool_mask, tool_losses, 0).sum() / tool_tokens
     loss = w_acc * acc + w_tool * tool
@@ -94,13 +112,15 @@ def hdpo_loss(
     clip_high: float = 0.2,
     dual_clip: float = 3.0,
     tool_rollouts: Bool[Array, " rollouts"] | None = None,
+    importance: Float[Array, "rollouts tokens"] | None = None,
 ) -> tuple[Float[Array, ""], Mapping[str, Float[Array, ""]]]:
     """HDPO's loss of one mini-batch, a rollout a row.
 
         loss = w_acc mean_m(L(A_acc)) + w_tool mean_m_tool(L(A_tool))
 
     m: tokens of `token_mask`, those that the policy sampled. m_tool: the same, in `tool_rollouts` only (None: where the
-    tool advantage is not zero). Both are means over tokens, not over rollouts; an empty one is 0.
+    tool advantage is not zero). Both are means over tokens, not over rollouts; an empty one is 0. `importance` weighs
+    each token's L, a constant (`importance_weights`); the means are over as many tokens as without it.
     """
     if tool_rollouts is None:
         tool_rollouts = tool_advantages != 0
@@ -119,4 +139,5 @@ def hdpo_loss(
         clip_low=clip_low,
         clip_high=clip_high,
         dual_clip=dual_clip,
+        importance=importance,
     )

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from hdpo_jax.algorithm.accumulation import Tally, accumulate, take
 from hdpo_jax.algorithm.advantages import Advantages, channel_advantages
 from hdpo_jax.algorithm.forward import row_states
-from hdpo_jax.algorithm.losses import TokenCounts, hdpo_token_loss
+from hdpo_jax.algorithm.losses import TokenCounts, hdpo_token_loss, importance_weights
 from hdpo_jax.algorithm.state import TrainState, apply_gradients
 from hdpo_jax.config import AlgorithmConfig
 from hdpo_jax.types import PackedRows
@@ -82,6 +82,8 @@ def make_update(
         """A micro-batch's part of its mini-batch's loss."""
         logp, entropy = log_probs(params, tokens.rows)
         logp_old = jnp.where(on_policy, jax.lax.stop_gradient(logp), tokens.logp_old)
+        cap = algorithm.importance_cap
+        weights = importance_weights(logp_old, tokens.rows.sampled_logprobs, cap) if cap else None
         part, metrics = hdpo_token_loss(
             logp,
             logp_old,
@@ -95,6 +97,7 @@ def make_update(
             clip_low=algorithm.clip_low,
             clip_high=algorithm.clip_high,
             dual_clip=algorithm.dual_clip,
+            importance=weights,
         )
         gap = jnp.where(tokens.acc_mask, jnp.abs(logp_old - tokens.rows.logprobs), 0)
         sampled = jnp.maximum(counts.acc, 1)
@@ -103,6 +106,9 @@ def make_update(
             "policy/entropy": jnp.where(tokens.acc_mask, entropy, 0).sum() / sampled,
             "policy/logprob_gap_mean": gap.sum() / sampled,
         }
+        if weights is not None:
+            sums["policy/importance_mean"] = jnp.where(tokens.acc_mask, weights, 0).sum() / sampled
+            sums["policy/importance_cap_share"] = (tokens.acc_mask & (weights >= cap)).sum() / sampled
         return part, Tally(sums=sums, maxima={"policy/logprob_gap_max": gap.max()})
 
     def old_log_probs(params: PyTree, rows: PackedRows, starts: Array, stops: Array) -> Array:

@@ -72,20 +72,30 @@ class Batches(Generic[T]):
         self._position = 0
         self._bad: dict[BadRow, None] = {}
         self._source: grain.DatasetIterator | None = None
+        self._peeked: _Batch[T] | None = None
 
     def __iter__(self) -> "Batches[T]":
         return self
 
     def __next__(self) -> list[T]:
         """This host's next batch. Raises DataError once more rows are bad than `max_bad_rows` allows."""
-        if self._source is None:
-            self._source = self._start()
-        batch: _Batch[T] = next(self._source)
+        batch, self._peeked = self._peek(), None
         self._bad |= dict.fromkeys(batch.bad)
         if batch.bad:
             self.report.check(self._dataset.max_bad_rows)
         self._position += 1
         return list(batch.examples)
+
+    def peek(self) -> list[T]:
+        """What `next` returns, the place in the data still before it; nothing where `next` raises for bad rows."""
+        return list(self._peek().examples)
+
+    def _peek(self) -> _Batch[T]:
+        if self._source is None:
+            self._source = self._start()
+        batch: _Batch[T] = self._peeked or next(self._source)
+        self._peeked = batch
+        return batch
 
     @property
     def report(self) -> Report:
@@ -113,7 +123,7 @@ class Batches(Generic[T]):
         """Ends worker processes and what was read ahead; the iterator may go on."""
         if self._source is not None:
             self._source.close()
-            self._source = None
+            self._source, self._peeked = None, None
 
     def _start(self) -> grain.DatasetIterator:
         ahead = self._indices.slice(slice(self._position, None)).map(self._reader)

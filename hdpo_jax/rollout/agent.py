@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,6 +80,7 @@ class Rollout:
         self._live: dict[Strand, Live] = {}
         self._calls: dict[Future[_Answer], Live] = {}
         self._finished: deque[Trajectory] = deque()
+        self._cancelled: Future[_Answer] = Future()
         self.stats = scheduler.stats
 
     def next(self, chunk: Chunk | None) -> Round | None:
@@ -99,6 +100,10 @@ class Rollout:
     def trajectories(self) -> list[Trajectory]:
         """Those that have ended, in the order of prompts and samples."""
         return sorted(self._finished, key=lambda trajectory: (trajectory.group, trajectory.sample))
+
+    def cancel(self) -> None:
+        """From another thread: the rollout is given up, and `next` raises CancelledError, also where it waits."""
+        self._cancelled.set_exception(CancelledError("the rollout was cancelled"))
 
     def close(self) -> None:
         """Ends the pools, and the sessions that an interrupted run still holds."""
@@ -228,12 +233,15 @@ class Rollout:
             patience = self._pool.expire()
             if ready and (2 * ready >= min(len(self._live), self._config.slots) or left <= 0):
                 break
-            wait(self._calls, timeout=min(left, patience) if ready else patience, return_when=FIRST_COMPLETED)
+            patience = min(left, patience) if ready else patience
+            wait([*self._calls, self._cancelled], timeout=patience, return_when=FIRST_COMPLETED)
             self._collect_answers()
             self._start()
         self.stats.wait_seconds += time.perf_counter() - started
 
     def _collect_answers(self) -> None:
+        if self._cancelled.done():
+            self._cancelled.result()
         for future in [future for future in self._calls if future.done()]:
             live = self._calls.pop(future)
             answer = self._answer_of(live, future)

@@ -30,6 +30,7 @@ class Segment:
     targets: Int[np.ndarray, " tokens"]
     loss_mask: Bool[np.ndarray, " tokens"]
     logprobs: Float[np.ndarray, " tokens"]
+    sampled_logprobs: Float[np.ndarray, " tokens"]
     rollout: int
     images: Sequence[EncodedImage]
 
@@ -80,6 +81,7 @@ def group_family(group: Sequence[Trajectory], first_rollout: int, config: Qwen3V
                 targets=ids[last + 1 :],
                 loss_mask=trajectory.sampled[last + 1 :],
                 logprobs=trajectory.logprobs[last + 1 :],
+                sampled_logprobs=trajectory.sampled_logprobs[last + 1 :],
                 rollout=first_rollout + trajectory.sample,
                 images=trajectory.images[trajectory.prompt_images :],
             )
@@ -92,6 +94,7 @@ def group_family(group: Sequence[Trajectory], first_rollout: int, config: Qwen3V
         targets=lead.token_ids[1 : last + 1],
         loss_mask=np.zeros(last, bool),
         logprobs=np.zeros(last, np.float32),
+        sampled_logprobs=np.zeros(last, np.float32),
         rollout=0,
         images=images,
     )
@@ -112,6 +115,7 @@ def conversation_family(
         targets=token_ids[1:],
         loss_mask=learned[1:],
         logprobs=np.zeros(len(token_ids) - 1, np.float32),
+        sampled_logprobs=np.zeros(len(token_ids) - 1, np.float32),
         rollout=0,
         images=images,
     )
@@ -173,7 +177,7 @@ def fill_rows(
     token_ids, targets, segment_ids, prefix_ids, rollout = (np.zeros(size, np.int32) for _ in range(5))
     positions = np.zeros((*size, 3), np.int32)
     loss_mask = np.zeros(size, bool)
-    logprobs = np.zeros(size, np.float32)
+    logprobs, sampled_logprobs = np.zeros(size, np.float32), np.zeros(size, np.float32)
     feature_index = np.full(size, -1, np.int32)
     images: list[list[EncodedImage]] = [[] for _ in range(count)]
     merge = config.vision.spatial_merge_size**2
@@ -191,6 +195,7 @@ def fill_rows(
                 targets[r, at] = segment.targets
                 loss_mask[r, at] = segment.loss_mask
                 logprobs[r, at] = np.where(segment.loss_mask, segment.logprobs, 0.0)
+                sampled_logprobs[r, at] = np.where(segment.loss_mask, segment.sampled_logprobs, 0.0)
                 rollout[r, at] = np.where(segment.loss_mask, segment.rollout, 0)
                 segment_ids[r, at] = number
                 prefix_ids[r, at] = prefix_number or number
@@ -203,7 +208,8 @@ def fill_rows(
 
     packed = pack_images(config, images, feature_index, shape.patches) if shape.patches else None
     # Programs take NumPy arrays as they take JAX's, which is what the record declares.
-    arrays: list[Any] = [token_ids, positions, segment_ids, prefix_ids, targets, loss_mask, rollout, logprobs, packed]
+    policy: list[Any] = [targets, loss_mask, rollout, logprobs, sampled_logprobs]
+    arrays: list[Any] = [token_ids, positions, segment_ids, prefix_ids, *policy, packed]
     return PackedRows(*arrays)
 
 

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import jax
 import numpy as np
@@ -86,13 +87,7 @@ class Sampler:
         randomness. `on_finished` hears of each trajectory as it ends.
         """
         rollout = self.rollout(prompts, samples=samples, step=step, first_prompt=first_prompt, on_finished=on_finished)
-        self.stats = rollout.stats
-        try:
-            with jax.set_mesh(self._mesh):
-                self._run(params, rollout)
-        finally:
-            rollout.close()
-        self.remember(rollout)
+        self.run(params, rollout)
         return rollout.trajectories
 
     def rollout(
@@ -118,6 +113,19 @@ class Sampler:
             identity=(step, first_prompt),
             on_finished=on_finished,
         )
+
+    def run(self, params: nnx.State, rollout: Rollout, *, turn: AbstractContextManager | None = None) -> None:
+        """Runs a rollout to its end, and closes it.
+
+        `turn` is held while programs are started: where two threads do so, every device gets them in one order.
+        """
+        self.stats = rollout.stats
+        try:
+            with jax.set_mesh(self._mesh):
+                self._run(params, rollout, turn or nullcontext())
+        finally:
+            rollout.close()
+        self.remember(rollout)
 
     def remember(self, rollout: Rollout) -> None:
         """Keeps what a finished rollout says about the next ones: how long they may be, and where the time went."""
@@ -146,15 +154,18 @@ class Sampler:
         recent = max(map(len, self._stops)) - 1
         return Scheduler(self._config, self._processor.config, lanes=self._lanes, recent=recent)
 
-    def _run(self, params: nnx.State, rollout: Rollout) -> None:
+    def _run(self, params: nnx.State, rollout: Rollout, turn: AbstractContextManager) -> None:
         cache, chunk = self.programs.empty_cache(), None
         while (now := rollout.next(chunk)) is not None:
             started = time.perf_counter()
-            cache, chunk = jax.block_until_ready(self._extend(params, cache, now)), None
+            with turn:
+                cache, chunk = self._extend(params, cache, now), None
+            jax.block_until_ready(cache)
             rollout.stats.extend_seconds += time.perf_counter() - started
             if now.running is not None:
                 started = time.perf_counter()
-                cache, report = self.programs.decode(params, cache, now.running)
+                with turn:
+                    cache, report = self.programs.decode(params, cache, now.running)
                 chunk = read_report(jax.device_get(report))
                 rollout.stats.decode_seconds += time.perf_counter() - started
 

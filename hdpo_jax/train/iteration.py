@@ -8,14 +8,18 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from flax import nnx
 
 from hdpo_jax.algorithm.state import TrainState, abstract_state, state_shardings
 from hdpo_jax.algorithm.update import UpdateBatch, make_update
 from hdpo_jax.config import ConfigError, RLConfig
 from hdpo_jax.rewards import Verdict, score_trajectory
+from hdpo_jax.rollout.agent import Rollout
+from hdpo_jax.rollout.ahead import Ahead
 from hdpo_jax.rollout.fused import IterationFailed, make_iterate
 from hdpo_jax.rollout.packing import group_family, padding_share
 from hdpo_jax.rollout.sampler import Sampler
+from hdpo_jax.rollout.stats import RolloutStats
 from hdpo_jax.train.batching import RowBatcher
 from hdpo_jax.train.policy import Policy
 from hdpo_jax.types import Prompt, Trajectory
@@ -29,6 +33,7 @@ class Iteration:
     state: TrainState
     trajectories: Sequence[Trajectory]
     verdicts: Sequence[Verdict]
+    stats: RolloutStats
     metrics: Mapping[str, Any]
 
 
@@ -37,9 +42,16 @@ Iterate = Callable[[TrainState, Sequence[Prompt], int], Iteration]
 
 
 def make_iteration(
-    config: RLConfig, policy: Policy, sampler: Sampler, optimizer: optax.GradientTransformation
+    config: RLConfig,
+    policy: Policy,
+    sampler: Sampler,
+    optimizer: optax.GradientTransformation,
+    ahead: Ahead | None = None,
 ) -> Iterate:
-    """The iteration that `config.rollout.mode` names; both give the same trajectories and the same states."""
+    """The iteration that `config.rollout.mode` names; both give the same trajectories and the same states.
+
+    With `ahead` (host-driven only) the update runs while that samples; without, the two take turns.
+    """
     shardings = state_shardings(abstract_state(policy.params, optimizer))
     update = make_update(
         policy.graphdef,
@@ -56,14 +68,22 @@ def make_iteration(
         verdicts = [score_trajectory(trajectory) for trajectory in trajectories]
         return verdicts, assemble(trajectories, verdicts, pack, mini_batches)
 
+    def on_policy(params: nnx.State, prompts: Sequence[Prompt], number: int) -> Rollout:
+        rollout = sampler.rollout(prompts, samples=samples, step=number)
+        sampler.run(params, rollout)
+        return rollout
+
+    collect, learn = (ahead, ahead.in_turn(update)) if ahead else (on_policy, update)
+
     def host_driven(state: TrainState, prompts: Sequence[Prompt], number: int) -> Iteration:
         started = time.perf_counter()
-        trajectories = sampler.sample(state.params, prompts, samples=samples, step=number)
+        rollout = collect(state.params, prompts, number)
+        trajectories = rollout.trajectories
         sampled = time.perf_counter()
         verdicts, batch = judge(trajectories)
         rows = shard_batch(batch.rows, policy.mesh, axis=2)
         packed = time.perf_counter()
-        state, metrics = update(state, batch._replace(rows=rows))
+        state, metrics = learn(state, batch._replace(rows=rows))
         metrics = jax.device_get(dict(metrics))
         times = {
             "time/rollout": sampled - started,
@@ -71,7 +91,9 @@ def make_iteration(
             "time/update": time.perf_counter() - packed,
         }
         metrics |= {"rows/padding": padding_share(batch.rows), **times}
-        return Iteration(state=state, trajectories=trajectories, verdicts=verdicts, metrics=metrics)
+        return Iteration(
+            state=state, trajectories=trajectories, verdicts=verdicts, stats=rollout.stats, metrics=metrics
+        )
 
     if config.rollout.mode == "host_driven":
         return _warmed_up(host_driven, sampler)
@@ -110,7 +132,13 @@ def make_iteration(
             rollout.close()
         sampler.remember(rollout)
         metrics = jax.device_get(dict(metrics)) | {"rows/padding": judged["padding"]}
-        return Iteration(state=state, trajectories=rollout.trajectories, verdicts=judged["verdicts"], metrics=metrics)
+        return Iteration(
+            state=state,
+            trajectories=rollout.trajectories,
+            verdicts=judged["verdicts"],
+            stats=rollout.stats,
+            metrics=metrics,
+        )
 
     return fused
 

@@ -1,6 +1,7 @@
 """HDPO: rollouts with tools, rewards of both channels, one update program a step, resumable at any step."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from hdpo_jax.config import RLConfig
 from hdpo_jax.data.prompts import PromptDataset
 from hdpo_jax.rewards import Verdict
 from hdpo_jax.rewards.outcomes import outcome, summarise
+from hdpo_jax.rollout.ahead import Ahead
 from hdpo_jax.rollout.prompts import PromptEncoder
 from hdpo_jax.rollout.stats import RolloutStats
 from hdpo_jax.tools.toolbox import ToolBox
@@ -26,16 +28,20 @@ FIGURES = {"reward/correct": "right", "tools/rate": "tool use", "loss/total": "l
 def train_rl(config: RLConfig, *, title: str = "hdpo") -> RunResult:
     """Runs, or goes on with, the reinforcement-learning run that `config` describes."""
     # First what can refuse at once: a missing sandbox should not be found after the model is loaded.
-    with ToolBox(config.tools) as toolbox:
+    with ToolBox(config.tools) as toolbox, ExitStack() as stack:
         policy = load_policy(config.model, config.mesh)
         encode = PromptEncoder(policy.processor, config.rollout, cache_mb=config.data.cache_mb)
         sampler = policy.sampler(
             toolbox, agent=config.agent, rollout=config.rollout, seed=config.train.seed, encode=encode
         )
         optimizer = make_optimizer(config.optimizer, config.train.steps * config.train.mini_batches, policy.params)
-        iterate = make_iteration(config, policy, sampler, optimizer)
         dataset = PromptDataset(config.data.path, max_bad_rows=config.data.max_bad_rows, problem=encode.problem)
         data = host_batches(dataset, config.train.prompts_per_step, config)
+        ahead = None
+        if config.train.off_policy_steps:
+            ahead = Ahead(sampler, data.peek, samples=config.train.group_size, steps=config.train.steps)
+            stack.enter_context(closing(ahead))
+        iterate = make_iteration(config, policy, sampler, optimizer, ahead)
 
         def step(state: TrainState, prompts: Sequence[Prompt], number: int) -> tuple[TrainState, Mapping[str, Any]]:
             done = iterate(state, prompts, number)
@@ -43,7 +49,7 @@ def train_rl(config: RLConfig, *, title: str = "hdpo") -> RunResult:
                 judged = zip(done.trajectories, done.verdicts, strict=True)
                 records = (trajectory_record(trajectory, verdict, step=number) for trajectory, verdict in judged)
                 write_records(rollouts_path(config.output, number), records)
-            return done.state, {**rollout_metrics(done.trajectories, done.verdicts, sampler.stats), **done.metrics}
+            return done.state, {**rollout_metrics(done.trajectories, done.verdicts, done.stats), **done.metrics}
 
         return train(config, policy, optimizer, data, step, title=title, figures=FIGURES)
 

@@ -3,7 +3,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hdpo_jax.algorithm.losses import TokenCounts, clipped_surrogate, hdpo_loss, hdpo_token_loss, importance_ratio
+from hdpo_jax.algorithm.losses import (
+    TokenCounts,
+    clipped_surrogate,
+    hdpo_loss,
+    hdpo_token_loss,
+    importance_ratio,
+    importance_weights,
+)
 
 
 @pytest.mark.parametrize(
@@ -118,3 +125,42 @@ def test_masked_tokens_may_hold_anything_and_get_no_gradient():
 def test_nothing_sampled_is_no_loss():
     loss, metrics = loss_of(LOGP, OLD, ACC, TOOL, jnp.zeros_like(MASK))
     assert float(loss) == 0.0 and all(np.isfinite(float(value)) for value in metrics.values())
+
+
+def test_importance_weights_are_trainer_over_sampler_up_to_the_cap():
+    trainer, sampler = jnp.log(jnp.array([0.5, 0.3, 0.2, 0.6])), jnp.log(jnp.array([0.5, 0.2, 0.8, 0.1]))
+    # The last is 6 without the cap. Sampler over trainer would be [1, 0.667, 2 (of 4), 0.167].
+    np.testing.assert_allclose(importance_weights(trainer, sampler, 2.0), [1.0, 1.5, 0.25, 2.0], rtol=1e-6)
+    # What can hardly have been sampled is a large weight, not an infinite one.
+    np.testing.assert_allclose(importance_weights(jnp.zeros(1), jnp.full(1, -jnp.inf), 1e9), np.exp(20.0), rtol=1e-5)
+
+
+WEIGHTS = jnp.array([[1.0, 2.0, 0.5, 2.0], [0.5, 9.0, 9.0, 9.0], [9.0, 9.0, 9.0, 9.0]])
+
+
+def test_both_terms_are_weighted_by_importance():
+    loss, metrics = loss_of(LOGP, OLD, ACC, TOOL, MASK, importance=WEIGHTS)
+    # acc: (-1 - 2 - 0.5 - 2 * 1.2 + 0.5 * 2) / 5 tokens = -0.98. Divided by the weights' sum -0.817; with the weights
+    # inside the clip, as part of the ratio, -0.58.
+    assert float(metrics["loss/acc"]) == pytest.approx(-0.98)
+    # tool: -0.5 (1 + 2 + 0.5 + 2 * 1.2) / 4 tokens = -0.7375; unweighted -0.525.
+    assert float(metrics["loss/tool"]) == pytest.approx(-0.7375)
+    assert float(loss) == pytest.approx(-0.98 + 0.15 * -0.7375)
+    ones, _ = loss_of(LOGP, OLD, ACC, TOOL, MASK, importance=jnp.ones_like(LOGP))
+    assert float(ones) == pytest.approx(-0.44 + 0.15 * -0.525)
+
+
+def test_importance_is_a_constant():
+    """No gradient flows through the weights, though they are made of the log-probs that are learned."""
+    sampler = LOGP - jnp.log(1.5)
+
+    def loss(logp, weights_from):
+        weights = jnp.where(MASK, importance_weights(weights_from(logp), sampler, 2.0), jnp.nan)
+        return loss_of(logp, OLD, ACC, TOOL, MASK, importance=weights)[0]
+
+    gradient = np.asarray(jax.jit(jax.grad(lambda logp: loss(logp, lambda logp: logp)))(LOGP))
+    expected = np.asarray(jax.jit(jax.grad(lambda logp: loss(logp, lambda _: LOGP)))(LOGP))
+    np.testing.assert_array_equal(gradient, expected)
+    # 1.5 times the unweighted gradient; through the weights too it would be 3 times. Nothing from masked NaNs.
+    np.testing.assert_allclose(gradient[0], [1.5 * (-0.2 - 0.15 * 0.125)] * 3 + [0.0], atol=1e-6)
+    np.testing.assert_allclose(gradient[1], [1.5 * 0.4, 0.0, 0.0, 0.0], atol=1e-6)

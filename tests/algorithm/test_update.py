@@ -12,7 +12,7 @@ from flax import nnx
 
 from hdpo_jax.algorithm.accumulation import Tally, accumulate
 from hdpo_jax.algorithm.advantages import channel_advantages
-from hdpo_jax.algorithm.losses import hdpo_loss
+from hdpo_jax.algorithm.losses import hdpo_loss, importance_weights
 from hdpo_jax.algorithm.state import TrainState, init_state, state_shardings
 from hdpo_jax.algorithm.update import UpdateBatch, make_update
 from hdpo_jax.config import AlgorithmConfig
@@ -65,6 +65,16 @@ def make_batch(
     return UpdateBatch(rows=rows, micro_batches=jnp.array(used, jnp.int32), **rewards(seed))
 
 
+def log_probs(graphdef: nnx.GraphDef, params: nnx.State, rows: PackedRows) -> jax.Array:
+    """Of each row's targets, the plain way."""
+    model = nnx.merge(graphdef, params)
+    hidden = model.hidden_states(
+        rows.token_ids, positions=rows.positions, segment_ids=rows.segment_ids, prefix_ids=rows.prefix_ids
+    )
+    logits = jnp.where(FORBIDDEN, -jnp.inf, hidden @ model.head / TEMPERATURE)
+    return jnp.take_along_axis(jax.nn.log_softmax(logits), rows.targets[..., None], axis=-1)[..., 0]
+
+
 @functools.cache
 def unpacked_update(algorithm: AlgorithmConfig, *, seed: int, minis: int) -> TrainState:
     """The first step the plain way: one rollout a row, whole mini-batches, no loops, `hdpo_loss` as published."""
@@ -74,19 +84,11 @@ def unpacked_update(algorithm: AlgorithmConfig, *, seed: int, minis: int) -> Tra
     acc, tool, tool_rollouts = found.acc.ravel(), found.tool.ravel(), found.tool_rollouts.ravel()
     usable = np.asarray(rewards(seed)["usable"]).ravel()
 
-    def log_probs(params: nnx.State, rows: PackedRows) -> jax.Array:
-        model = nnx.merge(graphdef, params)
-        hidden = model.hidden_states(
-            rows.token_ids, positions=rows.positions, segment_ids=rows.segment_ids, prefix_ids=rows.prefix_ids
-        )
-        logits = jnp.where(FORBIDDEN, -jnp.inf, hidden @ model.head / TEMPERATURE)
-        return jnp.take_along_axis(jax.nn.log_softmax(logits), rows.targets[..., None], axis=-1)[..., 0]
-
     def alone(rollout: Rollout) -> PackedRows:
         return pack_row([rollout], 10, share_prompts=False)
 
     rows = jax.tree.map(lambda *leaves: np.stack(leaves), *map(alone, rollouts))
-    old = jax.jit(log_probs)(state.params, rows)
+    old = jax.jit(log_probs)(graphdef, state.params, rows)
     params, opt_state = state.params, state.opt_state
     share = len(rollouts) // minis
     for mini in range(minis):
@@ -96,9 +98,10 @@ def unpacked_update(algorithm: AlgorithmConfig, *, seed: int, minis: int) -> Tra
             mine = jax.tree.map(lambda leaf: leaf[at], rows)
             mask = mine.loss_mask & usable[at, None]
             settings = {name: getattr(algorithm, name) for name in ("w_acc", "w_tool", "clip_low", "clip_high")}
-            value, _ = hdpo_loss(
-                log_probs(params, mine), old[at], acc[at], tool[at], mask, tool_rollouts=tool_rollouts[at], **settings
-            )
+            settings["tool_rollouts"] = tool_rollouts[at]
+            if algorithm.importance_cap:
+                settings["importance"] = importance_weights(old[at], mine.sampled_logprobs, algorithm.importance_cap)
+            value, _ = hdpo_loss(log_probs(graphdef, params, mine), old[at], acc[at], tool[at], mask, **settings)
             return value
 
         updates, opt_state = OPTIMIZER.update(jax.jit(jax.grad(loss))(params), opt_state, params)
@@ -175,6 +178,47 @@ def test_settings_reach_the_loss(settings):
     # One mini-batch starts from the parameters that sampled: the ratio is 1 without a pass for old log-probs.
     assert float(metrics["policy/ratio_mean"]) == pytest.approx(1.0, abs=1e-6)
     assert float(metrics["policy/clip_share"]) == 0.0
+
+
+@pytest.mark.parametrize("layout", ["one row a micro-batch", "behind shared prompts, in uneven rows"])
+def test_packing_never_changes_a_step_with_importance_weights(layout):
+    """The second mini-batch's weights too are of the log-probs before the step, not of those after the first."""
+    algorithm = AlgorithmConfig(w_tool=0.5, importance_cap=1.05)
+    graphdef, state = fresh_state()
+    step = make_update(graphdef, OPTIMIZER, algorithm, temperature=TEMPERATURE, forbidden=FORBIDDEN)
+    found, metrics = step(state, make_batch(**LAYOUTS[layout]))
+    assert_close(found, unpacked_update(algorithm, seed=0, minis=2))
+    assert 0 < float(metrics["policy/importance_cap_share"]) < 0.9
+    assert 0 < float(metrics["policy/importance_mean"]) < 1.05
+    with pytest.raises(AssertionError):
+        assert_close(found, unpacked_update(HDPO, seed=0, minis=2))
+
+
+def test_what_the_policy_itself_sampled_has_importance_1():
+    graphdef, state = fresh_state()
+    batch = make_batch(minis=1, rows_each=4, micros=4)
+    flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[3:]), batch.rows)
+    sampled = batch.rows._replace(
+        sampled_logprobs=log_probs(graphdef, state.params, flat).reshape(batch.rows.logprobs.shape)
+    )
+    (found, metrics), (expected, plain) = (
+        make_update(graphdef, OPTIMIZER, algorithm, temperature=TEMPERATURE, forbidden=FORBIDDEN)(
+            fresh_state()[1], batch._replace(rows=sampled)
+        )
+        for algorithm in (AlgorithmConfig(w_tool=0.5, importance_cap=2.0), HDPO)
+    )
+    assert float(metrics["policy/importance_mean"]) == pytest.approx(1.0, abs=1e-5)
+    assert float(metrics["policy/importance_cap_share"]) == 0.0
+    assert_close(found, expected)
+    assert not any(name.startswith("policy/importance") for name in plain)
+
+
+def test_without_a_cap_the_samplers_log_probs_are_not_looked_at(update):
+    batch = make_batch(rows_each=1)
+    unknown = batch.rows._replace(sampled_logprobs=jnp.full_like(batch.rows.logprobs, jnp.nan))
+    found, _ = update(fresh_state()[1], batch._replace(rows=unknown))
+    expected, _ = update(fresh_state()[1], batch)
+    assert_same_bits(found, expected)
 
 
 def test_a_step_is_one_program_and_compiles_once(update):

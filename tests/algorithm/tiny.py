@@ -91,6 +91,7 @@ def pack_row(rollouts: Sequence[Rollout], tokens: int, *, share_prompts: bool) -
         fields["loss_mask"].extend(mask)
         fields["rollout"].extend(np.where(mask, rollout, 0))
         fields["logprobs"].extend(logprobs)
+        fields["sampled_logprobs"].extend(logprobs)
         at.extend(range(first, first + len(ids)))
 
     for rollout in rollouts:
@@ -114,7 +115,7 @@ def pack_row(rollouts: Sequence[Rollout], tokens: int, *, share_prompts: bool) -
         )
     room = tokens - len(at)
     assert room >= 0, f"{len(at)} tokens in a row of {tokens}"
-    dtypes = {"loss_mask": bool, "logprobs": np.float32}
+    dtypes = {"loss_mask": bool, "logprobs": np.float32, "sampled_logprobs": np.float32}
     arrays: dict[str, Any] = {
         name: np.pad(np.array(values, dtypes.get(name, np.int32)), (0, room)) for name, values in fields.items()
     }

@@ -94,6 +94,22 @@ def test_resuming_goes_on_as_if_nothing_had_happened(dataset, step):
     assert take(iterator, 3) == uninterrupted[step : step + 3]
 
 
+def test_a_look_ahead_moves_nothing(dataset):
+    uninterrupted = take(batches(dataset, batch_size=4, seed=9), 4)
+    iterator = batches(dataset, batch_size=4, seed=9)
+    take(iterator, 1)
+    state = iterator.get_state()
+    seen = [[int(prompt.ground_truth) for prompt in iterator.peek()] for _ in range(2)]
+    assert seen == [uninterrupted[1]] * 2
+    assert iterator.get_state() == state
+    # A run that ends here goes on with the batch that was looked at: it was not learned.
+    iterator.set_state(state)
+    assert take(iterator, 2) == uninterrupted[1:3]
+    iterator.peek()
+    iterator.close()
+    assert take(iterator, 1) == uninterrupted[3:]
+
+
 def test_a_run_may_resume_on_another_number_of_hosts(dataset):
     whole = take(batches(dataset, batch_size=8, seed=1), 6)
     one = batches(dataset, batch_size=8, seed=1, shard_index=1, shard_count=2)

@@ -41,7 +41,7 @@ def trajectory(group: int, sample: int, response: int, *, observed: bool = False
         token_ids=np.asarray(ids, np.int32),
         sampled=np.asarray(sampled),
         logprobs=logprobs,
-        sampled_logprobs=logprobs,
+        sampled_logprobs=logprobs / 2,
         prompt_length=10,
         images=images,
         prompt_images=1,
@@ -67,6 +67,7 @@ def test_every_sampled_token_is_a_target_once_and_knows_its_rollout():
     )
     assert seen == expected
     np.testing.assert_array_equal(rows.logprobs[rows.loss_mask], -0.5 - rows.rollout[rows.loss_mask] % 4)
+    np.testing.assert_array_equal(rows.sampled_logprobs, rows.logprobs / 2)
 
 
 def test_a_prompt_stands_once_in_a_row_and_its_last_token_in_every_response():
