@@ -58,7 +58,7 @@ class ConversationEncoder:
 
 def train_sft(config: SFTConfig, *, title: str = "sft") -> RunResult:
     """Runs, or goes on with, the supervised run that `config` describes."""
-    policy = load_policy(config.model, config.mesh, together=True)
+    policy = load_policy(config.model, config.mesh)
     row = RowShape(config.train.row_tokens, config.train.row_patches)
     encode = ConversationEncoder(policy.processor, row, config.data.cache_mb)
     pack = RowBatcher(config.train, policy.model.config)
