@@ -2,8 +2,7 @@
 
 128 prompts x 16 rollouts a step, two optimizer steps each, AdamW at 1e-6, prompts up to 24,576 tokens, responses up to
 16,384 over up to 10 calls. The paper's model went from 98 % of answers with tools to 2 %. Not run here, and not ready:
-the update computes attention as one dense product, which rows of that length do not fit, and rollouts keep to one
-process.
+the update computes attention as one dense product, which rows of that length do not fit.
 
     hdpo train metis_8b --model.path COLD_STARTED_HF_DIR --data.path METIS_RL_PARQUET --mesh.tensor 4
 """

@@ -1,7 +1,7 @@
 """Every setting of a run, as frozen dataclasses checked at construction: one line says what is wrong."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from sharding.mesh import MeshAxes
@@ -175,6 +175,16 @@ class RolloutConfig:
         """Pages in each of so many parts of the mesh, page 0 included, which belongs to nobody."""
         pages = self.pages or self.slots * self.pages_a_row
         return 1 + max(-(-pages // lanes), self.pages_a_row + 1)
+
+    def share(self, own: int, lanes: int) -> "RolloutConfig":
+        """What a process runs that has `own` of the lanes; each is as large as where one process has them all."""
+        return replace(
+            self,
+            slots=own * -(-self.slots // lanes),
+            in_flight=-(-self.in_flight * own // lanes),
+            pages=own * (self.pages_per_lane(lanes) - 1),
+            shapes=tuple((own * max(1, rows // lanes), tokens, patches) for rows, tokens, patches in self.shapes),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

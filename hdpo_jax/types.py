@@ -75,7 +75,7 @@ class Trajectory:
 
     prompt: Prompt
     group: int
-    """Index of the prompt in its batch."""
+    """The prompt's number in its step."""
     sample: int
     """Index of the rollout in its group."""
     token_ids: Int[np.ndarray, " tokens"]

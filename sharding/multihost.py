@@ -1,10 +1,12 @@
 """Several processes, one program: start-up, agreement, host-local data. Everything works with one process too."""
 
+import contextlib
 import glob
 import importlib.util
+import json
 import os
-from collections.abc import Mapping
-from typing import TypeVar
+from collections.abc import Iterator, Mapping
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import numpy as np
@@ -13,6 +15,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 Tree = TypeVar("Tree")
+
+
+class OtherProcessFailed(RuntimeError):
+    """Another process of the job gave up; the message is what it said."""
 
 
 def start() -> None:
@@ -73,6 +79,38 @@ def agree(value: np.ndarray) -> np.ndarray:
     # As bytes: JAX would narrow 64-bit values on the way.
     gathered = multihost_utils.process_allgather(np.frombuffer(value.tobytes(), np.uint8))
     return np.frombuffer(np.asarray(gathered).tobytes(), value.dtype).reshape(-1, *value.shape)
+
+
+def gather(value: Any) -> list[Any]:
+    """Every process's `value`, in the order of the processes. JSON, of any size; all of it goes to every process."""
+    if jax.process_count() == 1:
+        return [value]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    lengths = agree(np.array(len(text)))
+    padded = np.zeros(lengths.max(), np.uint8)
+    padded[: len(text)] = text
+    return [json.loads(row[:length].tobytes()) for row, length in zip(agree(padded), lengths, strict=True)]
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """What fails inside in one process fails in all of them. Inside, no process may wait for another."""
+    error = None
+    try:
+        yield
+    except BaseException as caught:
+        error = caught
+    if agree(np.array(error is not None)).any():
+        give_up(error)
+
+
+def give_up(error: BaseException | None) -> NoReturn:
+    """Called by every process once all know that one failed: raises its own `error`, or OtherProcessFailed."""
+    messages = gather("" if error is None else f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    number = next(number for number, message in enumerate(messages) if message)
+    raise OtherProcessFailed(f"process {number} gave up: {messages[number]}")
 
 
 def barrier(name: str) -> None:

@@ -1,7 +1,8 @@
 """Endless, resumable batches (Grain): shuffled anew each epoch, each host its slice of every global batch.
 
 The order is a function of the seed alone. Global batch k is examples k B … (k + 1) B - 1 of the endless sequence of
-shuffled epochs. Host h of H gets the h-th of its H equal slices: the hosts' batches in order are the global batch.
+shuffled epochs. Host h of H gets the h-th of its H equal slices, or of each of its parts where it is to be learned in
+several: the hosts' batches in order are the global batch, or the part.
 The state is a position in that sequence, so a run may resume with another number of hosts or workers.
 """
 
@@ -31,7 +32,7 @@ class _Batch(NamedTuple, Generic[T]):
 class _Reader(Generic[T]):
     """Indices of a global batch to this host's examples. Travels to worker processes."""
 
-    def __init__(self, dataset: Dataset[T], mine: slice):
+    def __init__(self, dataset: Dataset[T], mine: Int[np.ndarray, " examples"]):
         self._dataset = dataset
         self._mine = mine
 
@@ -63,10 +64,19 @@ class _Reader(Generic[T]):
 class Batches(Generic[T]):
     """An endless iterator of lists of examples; see `batches`."""
 
-    def __init__(self, dataset: Dataset[T], indices: grain.MapDataset, reader: _Reader[T], workers: int, key: dict):
+    def __init__(
+        self,
+        dataset: Dataset[T],
+        indices: grain.MapDataset,
+        places: Int[np.ndarray, " examples"],
+        workers: int,
+        key: dict[str, int],
+    ):
+        self.places: list[int] = places.tolist()
+        """Where this host's examples stand in the global batch."""
         self._dataset = dataset
         self._indices = indices
-        self._reader = reader
+        self._reader = _Reader(dataset, places)
         self._workers = workers
         self._key = key
         self._position = 0
@@ -144,6 +154,7 @@ def batches(
     seed: int,
     shard_index: int = 0,
     shard_count: int = 1,
+    parts: int = 1,
     workers: int = 0,
 ) -> Batches[T]:
     """Endless batches of a dataset's examples, shuffled anew each epoch; `get_state` and `set_state` resume them.
@@ -155,14 +166,20 @@ def batches(
         batch_size: examples over all hosts.
         seed: decides the order, alone.
         shard_index, shard_count: this host, and how many there are.
+        parts: a batch's equal parts, in order, of each of which every host gets as much.
         workers: processes that read and check rows; 0 reads in a thread of this one.
     """
-    if batch_size < 1 or batch_size % shard_count:
-        raise DataError(f"the batch size is {batch_size}; expected a multiple of the {shard_count} hosts")
+    if batch_size < 1 or batch_size % (shard_count * parts):
+        each = f" times {parts} mini-batches" if parts > 1 else ""
+        raise DataError(f"the batch size is {batch_size}; expected a multiple of the {shard_count} hosts{each}")
     if not 0 <= shard_index < shard_count:
         raise DataError(f"the shard index is {shard_index}; expected 0 to {shard_count - 1}")
-    each = batch_size // shard_count
-    reader = _Reader(dataset, slice(shard_index * each, (shard_index + 1) * each))
+    places = share(batch_size, shard_index, shard_count, parts=parts)
     indices = grain.MapDataset.range(len(dataset)).seed(seed).shuffle().repeat().batch(batch_size)
     key = {"examples": len(dataset), "batch_size": batch_size, "seed": seed}
-    return Batches(dataset, indices, reader, workers, key)
+    return Batches(dataset, indices, places, workers, key)
+
+
+def share(size: int, index: int, count: int, *, parts: int = 1) -> Int[np.ndarray, " share"]:
+    """Which places of a batch are those of host `index` of `count`: its slice of each of the batch's parts."""
+    return np.arange(size).reshape(parts, count, -1)[:, index].ravel()

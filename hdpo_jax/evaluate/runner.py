@@ -116,7 +116,7 @@ def evaluate_policy(
                     prompts,
                     samples=samples,
                     step=0,
-                    first_prompt=first,
+                    numbers=range(first, first + len(prompts)),
                     on_finished=lambda _: progress.advance(task),
                 )
                 for trajectory in finished:

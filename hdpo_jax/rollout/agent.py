@@ -6,6 +6,7 @@ neighbours, the chunk size, the pages there are or how long a tool took.
 """
 
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -30,6 +31,9 @@ from models.qwen3_vl import EncodedImage
 from models.qwen3_vl.processing import Processor
 
 log = logging.getLogger(__name__)
+
+MOMENT = 0.02
+"""Seconds that a process waits for its tools, at most, while others may be able to decode."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,10 +66,15 @@ class Rollout:
         prompts: Sequence[Prompt],
         order: Sequence[int],
         samples: int,
-        identity: tuple[int, int],
+        step: int,
+        numbers: Sequence[int],
+        alone: bool = True,
         on_finished: Callable[[Trajectory], None] | None = None,
     ):
-        """`order`: in which prompts are started. `identity`: the step, and the first prompt's number in it."""
+        """`order`: in which prompts are started. `numbers`: of each prompt in the step.
+
+        `alone`: nobody else decodes when this process has nothing to decode, so it may wait for its tools.
+        """
         self._scheduler = scheduler
         self._processor = processor
         self._toolbox = toolbox
@@ -73,7 +82,9 @@ class Rollout:
         self._config = config
         self._prompts = Intake(encode, prompts, order, ahead=2 * config.shapes[0][0])
         self._samples = samples
-        self._step, self._first_prompt = identity
+        self._step = step
+        self._numbers = numbers
+        self._patience = math.inf if alone else MOMENT
         self._on_finished = on_finished
         self._pool = CallPool(toolbox.workers if toolbox else 0, agent.call_seconds)
         self._in_flight = config.in_flight or 2 * config.slots
@@ -117,12 +128,13 @@ class Rollout:
     def _start(self) -> None:
         """Opens groups while slots are free that nothing is on its way to."""
         while self._prompts and self._scheduler.wanted > 0 and len(self._live) < self._in_flight:
-            group, question = self._prompts.pop()
+            place, question = self._prompts.pop()
+            group = self._numbers[place]
             prompt = Strand.of(question)
             limit = min(self._config.capacity, prompt.length + self._agent.max_response_tokens)
             members = []
             for sample in range(self._samples):
-                strand = prompt.fork((self._step, self._first_prompt + group, sample), limit)
+                strand = prompt.fork((self._step, group, sample), limit)
                 self._live[strand] = Live.start(question, group, sample, strand)
                 members.append(strand)
             self._scheduler.open(prompt, members)
@@ -225,16 +237,17 @@ class Rollout:
         """Waits for tools: until one answers where nothing else can go on, or else a moment while few slots can.
 
         A decode step takes as long for a few slots as for all, so a handful of early answers is worth a pause.
+        Where there are other processes, something else always can.
         """
         started = time.perf_counter()
         while self._calls:
             ready = self._scheduler.running + self._scheduler.coming
-            left = started + self._config.gather_seconds - time.perf_counter()
-            patience = self._pool.expire()
-            if ready and (2 * ready >= min(len(self._live), self._config.slots) or left <= 0):
+            longest = min(self._config.gather_seconds if ready else math.inf, self._patience)
+            left = started + longest - time.perf_counter()
+            expires = self._pool.expire()
+            if 2 * ready >= min(len(self._live), self._config.slots) or left <= 0:
                 break
-            patience = min(left, patience) if ready else patience
-            wait([*self._calls, self._cancelled], timeout=patience, return_when=FIRST_COMPLETED)
+            wait([*self._calls, self._cancelled], timeout=min(left, expires), return_when=FIRST_COMPLETED)
             self._collect_answers()
             self._start()
         self.stats.wait_seconds += time.perf_counter() - started

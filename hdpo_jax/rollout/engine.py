@@ -76,10 +76,12 @@ class Chunk(NamedTuple):
     """Under the distribution that the token was drawn from, truncated by top-k, top-p and min-p."""
     ended: Bool[np.ndarray, " slots"]
     """The slot stopped: at a stop sequence, or at its limit."""
+    steps: int
+    """Decode steps that were done: as many as the slot that went on for longest has tokens, here or elsewhere."""
 
 
 Report = Int[Array, "slots fields"]
-"""A `Chunk` as one array of 32-bit words, so that it takes one transfer: count, ended, then three times `chunk`."""
+"""A `Chunk` as one array of 32-bit words, for one transfer: count, ended, steps, then three times `chunk`."""
 
 
 @dataclass(frozen=True)
@@ -187,10 +189,10 @@ def make_programs(
             )
 
         nothing = jnp.zeros((3, slots, config.chunk), jnp.int32)
-        _, cache, then, sampled = jax.lax.while_loop(goes_on, one_token, (jnp.int32(0), cache, running, nothing))
+        steps, cache, then, sampled = jax.lax.while_loop(goes_on, one_token, (jnp.int32(0), cache, running, nothing))
         ended = running.active & ~then.active
-        report = [(then.length - running.length)[:, None], ended[:, None].astype(jnp.int32), *sampled]
-        return cache, constrain(jnp.concatenate(report, axis=1), "slots", None)
+        flags = jnp.stack([then.length - running.length, ended.astype(jnp.int32), jnp.full(slots, steps)], axis=1)
+        return cache, constrain(jnp.concatenate([flags, *sampled], axis=1), "slots", None)
 
     return Programs(
         empty_cache=jax.jit(empty_cache),
@@ -202,7 +204,7 @@ def make_programs(
 
 def read_report(report: Int[np.ndarray, "slots fields"]) -> Chunk:
     """What `decode` reported, with its words as what they are."""
-    words = np.ascontiguousarray(report[:, 2:])
+    words = np.ascontiguousarray(report[:, 3:])
     tokens, logprobs, sampled_logprobs = np.split(words, 3, axis=1)
     return Chunk(
         counts=report[:, 0],
@@ -210,6 +212,7 @@ def read_report(report: Int[np.ndarray, "slots fields"]) -> Chunk:
         logprobs=np.ascontiguousarray(logprobs).view(np.float32),
         sampled_logprobs=np.ascontiguousarray(sampled_logprobs).view(np.float32),
         ended=report[:, 1].astype(bool),
+        steps=int(report[0, 2]),
     )
 
 

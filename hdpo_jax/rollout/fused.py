@@ -8,7 +8,8 @@ The programs of a host-driven rollout, in a loop on the device that asks the hos
     batch = io_callback()                            rewards, and the rows to learn from
     state, metrics = update(state, batch)            both advantages, the dual loss, the optimizer
 
-The host's part is the same `Rollout`, so the same trajectories come of it, and the same parameters.
+The host's part is the same `Rollout`, so the same trajectories come of it, and the same parameters. Where there are
+several processes, each answers for the lanes of its own devices; what any of them has something for runs everywhere.
 """
 
 import threading
@@ -23,15 +24,18 @@ import numpy as np
 from jax.experimental import io_callback
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Int
 
 from hdpo_jax.algorithm.state import TrainState
 from hdpo_jax.algorithm.update import Metrics, UpdateBatch
+from hdpo_jax.config import ConfigError
 from hdpo_jax.rollout.agent import Rollout
 from hdpo_jax.rollout.engine import Copies, Extension, Programs, Running, read_report
+from hdpo_jax.rollout.lockstep import Lanes, filled, in_order, orders
 from hdpo_jax.rollout.scheduler import Round
 from hdpo_jax.types import Trajectory
 from models.qwen3_vl import KVCache
+from sharding.multihost import give_up
 from sharding.rules import RULES
 
 
@@ -42,7 +46,7 @@ class Orders(NamedTuple):
     copies: Copies
     running: Running
     run: Bool[Array, "lanes programs"]
-    """Which of the extensions, whether to copy and to decode, and whether there is another round."""
+    """Which of the extensions, whether to copy and to decode; whether to go on after them, and whether to give up."""
 
 
 def make_iterate(
@@ -60,60 +64,71 @@ def make_iterate(
     `assemble` makes the update's batch of the finished trajectories: rewards are computed here. `nothing` and
     `no_batch` have the shapes and types of every round and batch. `shardings`: as for `make_update`.
     """
-    host = _Host(assemble, nothing, no_batch)
+    of_mesh = Lanes.of(mesh)
+    host = _Host(assemble, nothing, no_batch, of_mesh)
     lanes = RULES.mesh_axes("slots")
-    parts = int(np.prod([mesh.shape[axis] for axis in lanes]))
     by_lane = P(lanes)
+    mini_batches, _, rows_a_process = no_batch.rows.token_ids.shape[:3]
+    split = rows_a_process % len(of_mesh.own) == 0
+    if not split and jax.process_count() > 1:
+        raise ConfigError(
+            f"there are {rows_a_process} rows a micro-batch for the {len(of_mesh.own)} lanes of a process; expected "
+            "train.micro_batch_rows to be a multiple of all lanes"
+        )
 
     def ask(number: Array, decoded: Array, report: Array) -> Orders:
-        """Every device asks for its lane's part; the host answers all of a round at once."""
-        part = jax.tree.map(partial(_part, parts=parts, axis=0), host.orders_of(nothing, more=True))
+        """Every device asks for its lane's part; its host answers all of a round at once."""
+        part = jax.tree.map(host.part_of, host.orders_of(nothing))
 
         def one_lane(number: Array, decoded: Array, report: Array) -> Orders:
-            lane = jax.lax.axis_index(lanes)
-            answer = partial(host.orders, parts)
-            return io_callback(answer, part, lane, number, decoded, report)
+            return io_callback(host.orders, part, jax.lax.axis_index(lanes), number, decoded, report)
 
         specs = jax.tree.map(lambda _: by_lane, part)
         return jax.shard_map(one_lane, mesh=mesh, in_specs=P(), out_specs=specs, check_vma=False)(
             number, decoded, report
         )
 
-    def fetch(number: Array) -> tuple[UpdateBatch, Array]:
-        """The batch, its rows split like every batch; all of the rest on every device."""
-        split = no_batch.rows.token_ids.shape[2] % parts == 0
+    def fetch(failed: Array) -> tuple[UpdateBatch, Array]:
+        """The batch, its rows split like every batch, all of the rest on every device; and whether it is sound."""
         axis = 2 if split else None
-        cut = partial(_part, parts=parts, axis=axis)
-        part = no_batch._replace(rows=jax.tree.map(cut, no_batch.rows))
+        part = no_batch._replace(rows=jax.tree.map(partial(host.part_of, axis=axis), no_batch.rows))
         abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (part, np.bool_(True)))
-        replicated = jax.tree.map(lambda _: P(), abstract)
         rows = jax.tree.map(lambda _: P(None, None, lanes) if split else P(), part.rows)
-        specs = (replicated[0]._replace(rows=rows), P())
+        specs = (jax.tree.map(lambda _: P(), part)._replace(rows=rows), P())
 
-        def one_lane(number: Array) -> tuple[UpdateBatch, Array]:
-            return io_callback(partial(host.batch, parts, axis), abstract, jax.lax.axis_index(lanes), number)
+        def one_lane(failed: Array) -> tuple[UpdateBatch, Array]:
+            answer = partial(host.batch, axis)
+            batch, sound = io_callback(answer, abstract, jax.lax.axis_index(lanes), failed)
+            rows, *others = batch
+            micro_batches, *values = jax.lax.all_gather(others, lanes)
+            values = (in_order(each[of_mesh.leads], mini_batches) for each in values)
+            return UpdateBatch(rows, micro_batches.max(axis=0), *values), jax.lax.all_gather(sound, lanes).all()
 
-        return jax.shard_map(one_lane, mesh=mesh, in_specs=P(), out_specs=specs, check_vma=False)(number)
+        return jax.shard_map(one_lane, mesh=mesh, in_specs=P(), out_specs=specs, check_vma=False)(failed)
 
     @partial(jax.jit, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None, None))
     def iterate(state: TrainState) -> tuple[TrainState, Metrics, Array]:
         def round_(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-            number, cache, decoded, report, _ = carry
+            number, cache, decoded, report, *_ = carry
             orders = ask(number, decoded, report)
             run = orders.run.any(axis=0)
             for place, extension in enumerate(orders.extensions):
                 cache = jax.lax.cond(run[place], partial(programs.extend, state.params), _same, cache, extension)
-            cache = jax.lax.cond(run[-3], programs.copy, _same, cache, orders.copies)
+            copies, decodes, more, failed = run[-4:]
+            cache = jax.lax.cond(copies, programs.copy, _same, cache, orders.copies)
             cache, report = jax.lax.cond(
-                run[-2], partial(programs.decode, state.params), lambda cache, _: (cache, report), cache, orders.running
+                decodes, partial(programs.decode, state.params), lambda cache, _: (cache, report), cache, orders.running
             )
-            return number + 1, cache, run[-2], report, run[-1]
+            return number + 1, cache, decodes, report, more & ~failed, failed
 
         cache = programs.empty_cache()
-        _, empty_report = jax.eval_shape(programs.decode, state.params, cache, nothing.running)
-        first = (jnp.int32(0), cache, jnp.bool_(False), jnp.zeros(empty_report.shape, jnp.int32), jnp.bool_(True))
-        number, *_ = jax.lax.while_loop(lambda carry: carry[-1], round_, first)
-        batch, sound = fetch(number)
+        _, own_report = jax.eval_shape(programs.decode, state.params, cache, nothing.running)
+        slots = own_report.shape[0] // len(of_mesh.own) * of_mesh.count
+        empty_report = jnp.zeros((slots, own_report.shape[1]), jnp.int32)
+        no, yes = jnp.bool_(False), jnp.bool_(True)
+        first = (jnp.int32(0), cache, no, empty_report, yes, no)
+        *_, failed = jax.lax.while_loop(lambda carry: carry[-2], round_, first)
+        batch, sound = fetch(failed)
         _, no_metrics = jax.eval_shape(update, state, batch)
         state, metrics = jax.lax.cond(
             sound,
@@ -142,9 +157,12 @@ class Iterate:
         """
         self._host.begin(rollout)
         with jax.set_mesh(self._mesh):
-            state, metrics, _ = jax.block_until_ready(self._program(state))
-        if self._host.error is not None:
-            raise IterationFailed(state) from self._host.error
+            state, metrics, sound = jax.block_until_ready(self._program(state))
+        if not sound:
+            try:
+                give_up(self._host.error)
+            except BaseException as error:
+                raise IterationFailed(state) from error
         return state, metrics
 
     def lower(self, state: TrainState) -> jax.stages.Lowered:
@@ -162,10 +180,18 @@ class IterationFailed(Exception):
 class _Host:
     """What the program calls. Several devices ask for the same round; the first has it planned, all get their part."""
 
-    def __init__(self, assemble: Callable[[Sequence[Trajectory]], UpdateBatch], nothing: Round, no_batch: UpdateBatch):
+    def __init__(
+        self,
+        assemble: Callable[[Sequence[Trajectory]], UpdateBatch],
+        nothing: Round,
+        no_batch: UpdateBatch,
+        lanes: Lanes,
+    ):
         self._assemble = assemble
         self._nothing = nothing
         self._no_batch = no_batch
+        self._lanes = lanes
+        self.error: BaseException | None = None
         # Whoever holds it waits for tools at most, which answer or are given up; never for another device.
         self._lock = threading.Lock()
 
@@ -173,56 +199,52 @@ class _Host:
         self._rollout = rollout
         self._number = -1
         self._batch: UpdateBatch | None = None
-        self.error: BaseException | None = None
+        self.error = None
 
-    def orders(self, parts: int, lane: Any, number: Any, decoded: Any, report: Any) -> Orders:
+    def orders(self, lane: Any, number: Any, decoded: Any, report: Any) -> Orders:
         with self._lock:
             if self._number != int(number):
                 self._number = int(number)
-                self._orders = self._next(bool(decoded), report)
+                self._orders = self._next(bool(decoded), np.asarray(report))
             orders = self._orders
-        return jax.tree.map(partial(_part, parts=parts, axis=0, part=int(lane)), orders)
+        return jax.tree.map(partial(self.part_of, lane=int(lane)), orders)
 
-    def batch(self, parts: int, axis: int | None, lane: Any, number: Any) -> tuple[UpdateBatch, np.bool_]:
+    def batch(self, axis: int | None, lane: Any, failed: Any) -> tuple[UpdateBatch, np.bool_]:
         with self._lock:
             if self._batch is None:
-                self._batch = self._finish()
+                self._batch = self._no_batch if failed else self._finish()
             batch = self._batch
-        rows = jax.tree.map(partial(_part, parts=parts, axis=axis, part=int(lane)), batch.rows)
-        return batch._replace(rows=rows), np.bool_(self.error is None)
+        rows = jax.tree.map(partial(self.part_of, axis=axis, lane=int(lane)), batch.rows)
+        return batch._replace(rows=rows), np.bool_(self.error is None and not failed)
 
-    def orders_of(self, now: Round, more: bool) -> Orders:
+    def orders_of(self, now: Round | None) -> Orders:
         """A round as arrays: what it leaves out is not run."""
-        programs = [*now.extensions, now.copies, now.running]
-        empty = self._nothing
-        extensions: Any = [one or other for one, other in zip(now.extensions, empty.extensions, strict=True)]
-        copies: Any = now.copies or empty.copies
-        running: Any = now.running or empty.running
-        run: Any = np.asarray([[*(program is not None for program in programs), more]] * len(copies.source))
-        return Orders(extensions, copies, running, run)
+        *extensions, copies, running = filled(now, self._nothing).programs
+        run = orders(now, self._nothing, failed=self.error is not None)
+        arrays: Any = extensions, copies, running, np.tile(run, (len(self._lanes.own), 1))
+        return Orders(*arrays)
 
-    def _next(self, decoded: bool, report: Any) -> Orders:
+    def part_of(self, leaf: Any, *, axis: int | None = 0, lane: int | None = None) -> Any:
+        """A lane's part of an array along `axis` (all of it where that is None); any lane's for its shape."""
+        leaf, own = np.asarray(leaf), self._lanes.own
+        return leaf if axis is None else np.split(leaf, len(own), axis=axis)[0 if lane is None else own.index(lane)]
+
+    def _next(self, decoded: bool, report: Int[np.ndarray, "slots fields"]) -> Orders:
+        now = None
         try:
-            now = self._rollout.next(read_report(np.asarray(report)) if decoded else None)
+            own = report.reshape(self._lanes.count, -1, report.shape[1])[self._lanes.own]
+            now = self._rollout.next(read_report(own.reshape(-1, report.shape[1])) if decoded else None)
         except BaseException as error:  # into the program it can not go: the loop ends, and `iterate` raises it
-            self.error, now = error, None
-        nothing = Round([None] * len(self._nothing.extensions), None, None)
-        return self.orders_of(now or nothing, more=now is not None)
+            self.error = error
+        return self.orders_of(now)
 
     def _finish(self) -> UpdateBatch:
-        if self.error is None:
-            try:
-                return self._assemble(self._rollout.trajectories)
-            except BaseException as error:
-                self.error = error
+        try:
+            return self._assemble(self._rollout.trajectories)
+        except BaseException as error:
+            self.error = error
         return self._no_batch
 
 
 def _same(cache: KVCache, _: Any) -> KVCache:
     return cache
-
-
-def _part(leaf: Any, *, parts: int, axis: int | None, part: int = 0) -> Any:
-    """One of so many equal parts of an array along `axis`; all of it where that is None."""
-    leaf = np.asarray(leaf)
-    return leaf if axis is None else np.split(leaf, parts, axis=axis)[part]

@@ -1,9 +1,9 @@
 """Rollouts driven by the host: it runs the programs of each round, and hands what they sampled to the agent."""
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import jax
 import numpy as np
@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 
 from hdpo_jax.config import AgentConfig, ConfigError, RolloutConfig
 from hdpo_jax.rollout.agent import Rollout
-from hdpo_jax.rollout.engine import Programs, make_programs, read_report
+from hdpo_jax.rollout.engine import Chunk, Programs, make_programs, read_report
+from hdpo_jax.rollout.lockstep import Lanes, next_round, spread
 from hdpo_jax.rollout.prompts import PromptEncoder
 from hdpo_jax.rollout.scheduler import Round, Scheduler
 from hdpo_jax.rollout.stats import RolloutStats
@@ -20,14 +21,15 @@ from hdpo_jax.tools.toolbox import ToolBox
 from hdpo_jax.types import Prompt, Trajectory
 from models.qwen3_vl import KVCache, Qwen3VL
 from models.qwen3_vl.processing import Processor
-from sharding.rules import RULES
+from sharding.multihost import local_rows
 
 
 class Sampler:
     """Samples trajectories from a policy whose parameters are given at each call, on the mesh that they live on.
 
     Without a toolbox a `</tool_call>` does not stop a turn and nothing is executed. The cache is there while `sample`
-    runs, and its memory is free for the update afterwards.
+    runs, and its memory is free for the update afterwards. Where there are several processes, each gives its own
+    prompts, and all of them sample in lock-step.
     """
 
     def __init__(
@@ -52,16 +54,17 @@ class Sampler:
         self._toolbox = toolbox
         self._mesh = mesh
         self._agent = agent
-        self._config = rollout
+        self.lanes = Lanes.of(mesh)
+        self._alone = jax.process_count() == 1
+        self._config = rollout if self._alone else rollout.share(len(self.lanes.own), self.lanes.count)
         self._encode = encode or PromptEncoder(processor, rollout)
-        self._lanes = math.prod(mesh.shape[axis] for axis in RULES.mesh_axes("slots"))
         self._stops = [*([stop] for stop in processor.stop_ids), *([processor.tool_call_end] if toolbox else [])]
         graphdef, _ = nnx.split(model)
         self.programs: Programs = make_programs(
             graphdef,
             model.config,
             rollout,
-            lanes=self._lanes,
+            lanes=self.lanes.count,
             seed=seed,
             stops=self._stops,
             end_id=processor.stop_ids[0],
@@ -78,15 +81,15 @@ class Sampler:
         *,
         samples: int,
         step: int,
-        first_prompt: int = 0,
+        numbers: Sequence[int] | None = None,
         on_finished: Callable[[Trajectory], None] | None = None,
     ) -> list[Trajectory]:
         """`samples` trajectories a prompt, in the order of prompts and samples.
 
-        `step` and `first_prompt` number this call's trajectories in the run: the same numbers give the same
+        `step` and the `numbers` of its prompts (None: 0, 1, …) name a trajectory in the run: the same give the same
         randomness. `on_finished` hears of each trajectory as it ends.
         """
-        rollout = self.rollout(prompts, samples=samples, step=step, first_prompt=first_prompt, on_finished=on_finished)
+        rollout = self.rollout(prompts, samples=samples, step=step, numbers=numbers, on_finished=on_finished)
         self.run(params, rollout)
         return rollout.trajectories
 
@@ -96,7 +99,7 @@ class Sampler:
         *,
         samples: int,
         step: int,
-        first_prompt: int = 0,
+        numbers: Sequence[int] | None = None,
         on_finished: Callable[[Trajectory], None] | None = None,
     ) -> Rollout:
         """The host's part of what `sample` does; to be closed, also after an error."""
@@ -110,7 +113,9 @@ class Sampler:
             prompts=prompts,
             order=self._order(prompts),
             samples=samples,
-            identity=(step, first_prompt),
+            step=step,
+            numbers=range(len(prompts)) if numbers is None else numbers,
+            alone=self._alone,
             on_finished=on_finished,
         )
 
@@ -137,13 +142,15 @@ class Sampler:
 
     @property
     def empty_round(self) -> Round:
-        """Every program with nothing to do: the shapes and types of all rounds."""
+        """Every program with nothing to do: the shapes and types of all this process's rounds."""
         return self._scheduler().empty_round()
 
     def warm_up(self, params: nnx.State) -> None:
         """Compiles every program for every static shape, so that nothing compiles later."""
         with jax.set_mesh(self._mesh):
             cache, everything = self.programs.empty_cache(), self.empty_round
+            if not self._alone:
+                everything = Round.of([spread(program, self._mesh) for program in everything.programs])
             assert everything.running is not None
             # Twice: the cache that a program returns may be laid out in another way than the empty one.
             for _ in range(2):
@@ -152,11 +159,17 @@ class Sampler:
 
     def _scheduler(self) -> Scheduler:
         recent = max(map(len, self._stops)) - 1
-        return Scheduler(self._config, self._processor.config, lanes=self._lanes, recent=recent)
+        return Scheduler(self._config, self._processor.config, lanes=len(self.lanes.own), recent=recent)
+
+    def _plan(self, rollout: Rollout) -> Callable[[Chunk | None], Round | None]:
+        if self._alone:
+            return rollout.next
+        return partial(next_round, rollout, nothing=self.empty_round, mesh=self._mesh)
 
     def _run(self, params: nnx.State, rollout: Rollout, turn: AbstractContextManager) -> None:
+        plan = self._plan(rollout)
         cache, chunk = self.programs.empty_cache(), None
-        while (now := rollout.next(chunk)) is not None:
+        while (now := plan(chunk)) is not None:
             started = time.perf_counter()
             with turn:
                 cache, chunk = self._extend(params, cache, now), None
@@ -166,7 +179,7 @@ class Sampler:
                 started = time.perf_counter()
                 with turn:
                     cache, report = self.programs.decode(params, cache, now.running)
-                chunk = read_report(jax.device_get(report))
+                chunk = read_report(local_rows(report))
                 rollout.stats.decode_seconds += time.perf_counter() - started
 
     def _extend(self, params: nnx.State, cache: KVCache, now: Round) -> KVCache:

@@ -27,6 +27,16 @@ class Round(NamedTuple):
     copies: Copies | None
     running: Running | None
 
+    @classmethod
+    def of(cls, programs: Sequence[Any]) -> "Round":
+        """The round with these `programs`."""
+        *extensions, copies, running = programs
+        return cls(extensions, copies, running)
+
+    @property
+    def programs(self) -> list[Extension | Copies | Running | None]:
+        return [*self.extensions, self.copies, self.running]
+
 
 class Sampled(NamedTuple):
     """What a strand's slot sampled in a chunk."""

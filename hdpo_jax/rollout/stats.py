@@ -1,8 +1,11 @@
 """Where the time of a rollout went, and how well the device was used."""
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
+
+import numpy as np
 
 from hdpo_jax.rollout.engine import Chunk
+from sharding.multihost import agree
 
 
 @dataclass
@@ -29,8 +32,20 @@ class RolloutStats:
         return self.sampled_tokens / max(self.slot_steps, 1)
 
     def count(self, chunk: Chunk) -> None:
-        steps = int(chunk.counts.max())
         self.chunks += 1
-        self.decode_steps += steps
-        self.slot_steps += steps * len(chunk.counts)
+        self.decode_steps += chunk.steps
+        self.slot_steps += chunk.steps * len(chunk.counts)
         self.sampled_tokens += int(chunk.counts.sum())
+
+    def of_all_processes(self) -> "RolloutStats":
+        """Tokens, slots and pages added up; seconds, chunks and decode steps are those of the process that has most."""
+        parts = agree(np.asarray(astuple(self), np.float64))
+        most, total = RolloutStats(*parts.max(axis=0)), RolloutStats(*parts.sum(axis=0))
+        return replace(
+            total,
+            decode_seconds=most.decode_seconds,
+            extend_seconds=most.extend_seconds,
+            wait_seconds=most.wait_seconds,
+            chunks=most.chunks,
+            decode_steps=most.decode_steps,
+        )

@@ -14,7 +14,7 @@ from etils import epath
 from jaxtyping import PyTree
 
 from hdpo_jax.algorithm.state import TrainState
-from sharding.multihost import agree, barrier, is_lead
+from sharding.multihost import barrier, gather, is_lead
 
 BASE = "base"
 """Folder of a run that holds what an export needs beside the parameters."""
@@ -50,7 +50,7 @@ class Checkpointer:
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(_named(state.params)),
             optimizer=ocp.args.StandardSave(_named((state.opt_state, state.step))),
-            data=ocp.args.JsonSave({"processes": _gather(data_state)}),
+            data=ocp.args.JsonSave({"processes": gather(data_state)}),
             metadata=ocp.args.JsonSave(dict(metadata)),
         )
         return self._manager.save(step, args=items, force=True)
@@ -206,12 +206,3 @@ def _matching(folder: epath.Path, tree: PyTree) -> dict[str, jax.ShapeDtypeStruc
 
 def _describe(array: tuple[tuple[int, ...], np.dtype] | None) -> str:
     return "nothing" if array is None else f"{array[1]}{list(array[0])}"
-
-
-def _gather(value: Json) -> list[Json]:
-    """Every process's value, in order of the processes."""
-    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    lengths = agree(np.array(len(text)))
-    padded = np.zeros(lengths.max(), np.uint8)
-    padded[: len(text)] = text
-    return [json.loads(row[:length].tobytes()) for row, length in zip(agree(padded), lengths, strict=True)]

@@ -52,11 +52,20 @@ def trajectory_record(trajectory: Trajectory, verdict: Verdict, *, step: int) ->
     }
 
 
+def record_line(record: Mapping[str, Any]) -> str:
+    """A record as JSON, on one line."""
+    return json.dumps(record, ensure_ascii=False, default=_plain)
+
+
 def write_records(path: Path | str, records: Iterable[Mapping[str, Any]]) -> None:
     """JSON lines, one record each; the file appears when it is whole."""
+    write_lines(path, map(record_line, records))
+
+
+def write_lines(path: Path | str, lines: Iterable[str]) -> None:
+    """A text file that appears when it is whole."""
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        for record in records:
-            file.write(json.dumps(record, ensure_ascii=False, default=_plain) + "\n")
+        file.writelines(f"{line}\n" for line in lines)
 
 
 def rollouts_path(run_dir: Path | str, step: int) -> Path:

@@ -12,23 +12,25 @@ from flax import nnx
 
 from hdpo_jax.algorithm.state import TrainState, abstract_state, state_shardings
 from hdpo_jax.algorithm.update import UpdateBatch, make_update
-from hdpo_jax.config import ConfigError, RLConfig
+from hdpo_jax.config import RLConfig
 from hdpo_jax.rewards import Verdict, score_trajectory
 from hdpo_jax.rollout.agent import Rollout
 from hdpo_jax.rollout.ahead import Ahead
 from hdpo_jax.rollout.fused import IterationFailed, make_iterate
+from hdpo_jax.rollout.lockstep import in_order
 from hdpo_jax.rollout.packing import group_family, padding_share
 from hdpo_jax.rollout.sampler import Sampler
 from hdpo_jax.rollout.stats import RolloutStats
 from hdpo_jax.train.batching import RowBatcher
 from hdpo_jax.train.policy import Policy
-from hdpo_jax.types import Prompt, Trajectory
+from hdpo_jax.types import PackedRows, Prompt, Trajectory
+from sharding.multihost import agree, together
 from sharding.rules import shard_batch
 
 
 @dataclass(frozen=True, kw_only=True)
 class Iteration:
-    """What came of a step."""
+    """What came of a step: trajectories, verdicts and stats are this process's, the rest is of all processes."""
 
     state: TrainState
     trajectories: Sequence[Trajectory]
@@ -38,7 +40,7 @@ class Iteration:
 
 
 Iterate = Callable[[TrainState, Sequence[Prompt], int], Iteration]
-"""`iterate(state, prompts, step number)`; the old state's buffers are donated."""
+"""`iterate(state, this process's prompts, step number)`; the old state's buffers are donated."""
 
 
 def make_iteration(
@@ -46,11 +48,13 @@ def make_iteration(
     policy: Policy,
     sampler: Sampler,
     optimizer: optax.GradientTransformation,
+    numbers: Sequence[int],
     ahead: Ahead | None = None,
 ) -> Iterate:
     """The iteration that `config.rollout.mode` names; both give the same trajectories and the same states.
 
-    With `ahead` (host-driven only) the update runs while that samples; without, the two take turns.
+    `numbers`: which of a step's prompts are this process's (`Batches.places`). With `ahead` (host-driven only) the
+    update runs while that samples; without, the two take turns.
     """
     shardings = state_shardings(abstract_state(policy.params, optimizer))
     update = make_update(
@@ -61,15 +65,12 @@ def make_iteration(
         forbidden=policy.processor.forbidden,
         shardings=shardings,
     )
-    pack = RowBatcher(config.train, policy.model.config)
+    fixed = config.rollout.mode == "fused"
+    pack = RowBatcher(config.train, policy.model.config, fixed=fixed)
     samples, mini_batches = config.train.group_size, config.train.mini_batches
 
-    def judge(trajectories: Sequence[Trajectory]) -> tuple[list[Verdict], UpdateBatch]:
-        verdicts = [score_trajectory(trajectory) for trajectory in trajectories]
-        return verdicts, assemble(trajectories, verdicts, pack, mini_batches)
-
     def on_policy(params: nnx.State, prompts: Sequence[Prompt], number: int) -> Rollout:
-        rollout = sampler.rollout(prompts, samples=samples, step=number)
+        rollout = sampler.rollout(prompts, samples=samples, step=number, numbers=numbers)
         sampler.run(params, rollout)
         return rollout
 
@@ -80,7 +81,9 @@ def make_iteration(
         rollout = collect(state.params, prompts, number)
         trajectories = rollout.trajectories
         sampled = time.perf_counter()
-        verdicts, batch = judge(trajectories)
+        with together():
+            verdicts = [score_trajectory(trajectory) for trajectory in trajectories]
+        batch = joined(assemble(trajectories, verdicts, pack, mini_batches))
         rows = shard_batch(batch.rows, policy.mesh, axis=2)
         packed = time.perf_counter()
         state, metrics = learn(state, batch._replace(rows=rows))
@@ -90,26 +93,20 @@ def make_iteration(
             "time/pack": packed - sampled,
             "time/update": time.perf_counter() - packed,
         }
-        metrics |= {"rows/padding": padding_share(batch.rows), **times}
+        metrics |= {"rows/padding": _padding(batch.rows), **times}
         return Iteration(
             state=state, trajectories=trajectories, verdicts=verdicts, stats=rollout.stats, metrics=metrics
         )
 
-    if config.rollout.mode == "host_driven":
+    if not fixed:
         return _warmed_up(host_driven, sampler)
 
-    room = empty_batch(pack, mini_batches, config.train.prompts_per_step, samples)
     judged: dict[str, Any] = {}
 
     def judge_within(trajectories: Sequence[Trajectory]) -> UpdateBatch:
-        judged["verdicts"], batch = judge(trajectories)
-        needed, rows = batch.rows.token_ids.shape[1], room.rows.token_ids.shape[1]
-        if needed > rows:
-            found, least = (count * config.train.micro_batch_rows for count in (rows, needed))
-            raise ConfigError(
-                f"train.max_rows is {found}; expected at least {least}, which a batch takes: one program can not grow"
-            )
-        judged["padding"] = padding_share(batch.rows)
+        judged["verdicts"] = [score_trajectory(trajectory) for trajectory in trajectories]
+        batch = assemble(trajectories, judged["verdicts"], pack, mini_batches)
+        judged["rows"] = batch.rows
         return batch
 
     program = make_iterate(
@@ -118,12 +115,12 @@ def make_iteration(
         judge_within,
         mesh=policy.mesh,
         nothing=sampler.empty_round,
-        no_batch=room,
+        no_batch=empty_batch(pack, mini_batches, len(numbers), samples),
         shardings=shardings,
     )
 
     def fused(state: TrainState, prompts: Sequence[Prompt], number: int) -> Iteration:
-        rollout = sampler.rollout(prompts, samples=samples, step=number)
+        rollout = sampler.rollout(prompts, samples=samples, step=number, numbers=numbers)
         try:
             state, metrics = program(state, rollout)
         except IterationFailed as failed:
@@ -131,7 +128,7 @@ def make_iteration(
         finally:
             rollout.close()
         sampler.remember(rollout)
-        metrics = jax.device_get(dict(metrics)) | {"rows/padding": judged["padding"]}
+        metrics = jax.device_get(dict(metrics)) | {"rows/padding": _padding(judged.pop("rows"))}
         return Iteration(
             state=state,
             trajectories=rollout.trajectories,
@@ -160,15 +157,15 @@ def _warmed_up(iterate: Iterate, sampler: Sampler) -> Iterate:
 def assemble(
     trajectories: Sequence[Trajectory], verdicts: Sequence[Verdict], pack: RowBatcher, mini_batches: int
 ) -> UpdateBatch:
-    """The update's input.
+    """The update's input, of this process's rollouts.
 
-    `trajectories` come in the order of groups and samples, every group whole. Dropped rollouts keep their place
-    and are masked.
+    `trajectories` come in the order of groups and samples, every group whole, equally many of each mini-batch. Dropped
+    rollouts keep their place and are masked.
     """
-    groups = max(trajectory.group for trajectory in trajectories) + 1
+    groups = len({trajectory.group for trajectory in trajectories})
     size = len(trajectories) // groups
     families = [
-        group_family(trajectories[first : first + size], first, pack.model)
+        group_family(trajectories[first : first + size], trajectories[first].group * size, pack.model)
         for first in range(0, len(trajectories), size)
     ]
     each = groups // mini_batches
@@ -187,6 +184,17 @@ def assemble(
         correct=per_rollout([verdict.correct for verdict in verdicts], np.bool_),
         usable=per_rollout([trajectory.usable for trajectory in trajectories], np.bool_),
     )
+
+
+def joined(batch: UpdateBatch) -> UpdateBatch:
+    """With the rewards, calls and flags of all processes' rollouts; the rows are still this one's."""
+    rows, micro_batches, *values = batch
+    everyone: list[Any] = [agree(np.asarray(each)) for each in values]
+    return UpdateBatch(rows, micro_batches, *(in_order(each, len(micro_batches)) for each in everyone))
+
+
+def _padding(rows: PackedRows) -> float:
+    return float(agree(np.asarray(padding_share(rows))).mean())
 
 
 def empty_batch(pack: RowBatcher, mini_batches: int, prompts: int, samples: int) -> UpdateBatch:

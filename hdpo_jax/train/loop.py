@@ -2,15 +2,17 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 import optax
 
 from hdpo_jax.algorithm.state import TrainState, abstract_state, init_state
@@ -23,6 +25,7 @@ from hdpo_jax.train.checkpoint import Checkpointer, StopSignal
 from hdpo_jax.train.compilations import CompilationCounter
 from hdpo_jax.train.metrics import MetricsLog
 from hdpo_jax.train.policy import Policy
+from sharding.multihost import agree, gather, is_lead, together
 
 log = logging.getLogger(__name__)
 
@@ -53,14 +56,20 @@ class RunResult:
             )
 
 
-def host_batches(dataset: Dataset[ExampleT], size: int, config: SFTConfig | RLConfig) -> Batches[ExampleT]:
-    """This host's share of every global batch of `size` examples, endless, in the order of the run's seed."""
+def host_batches(
+    dataset: Dataset[ExampleT], size: int, config: SFTConfig | RLConfig, *, parts: int = 1
+) -> Batches[ExampleT]:
+    """This host's share of every global batch of `size` examples, endless, in the order of the run's seed.
+
+    Of a batch that is learned in several `parts`, hosts share each.
+    """
     return batches(
         dataset,
         batch_size=size,
         seed=config.train.seed,
         shard_index=jax.process_index(),
         shard_count=jax.process_count(),
+        parts=parts,
         workers=config.data.workers,
     )
 
@@ -77,7 +86,8 @@ def train(
 ) -> RunResult:
     """Runs `step` until `config.train.steps` are done or SIGTERM comes, from the newest checkpoint if there is one.
 
-    What a run will do depends on its checkpoint alone: parameters, optimizer, step number, place in the data.
+    What a run will do depends on its checkpoint alone: parameters, optimizer, step number, place in the data. All
+    processes of a job call it, with their own part of the data; the first writes what people read.
     """
     started = time.perf_counter()
     compilations = CompilationCounter()
@@ -104,15 +114,21 @@ def train(
             jax.tree.map(lambda array: array.delete(), policy.params)
         else:
             done, state = 0, init_state(policy.params, optimizer)
-        _remember_config(run_dir, config)
+        with together():
+            if is_lead():
+                _remember_config(run_dir, config)
         if done >= settings.steps:
             log.warning("%s is at step %d of %d already: nothing is left to do", run_dir, done, settings.steps)
 
-        with MetricsLog(run_dir, steps=settings.steps, restored_step=done, title=title, figures=figures) as metrics_log:
-            first, listed = done + 1, 0
-            while done < settings.steps and not stop.requested:
+        with contextlib.ExitStack() as stack:
+            with together():
+                record = stack.enter_context(_metrics_log(run_dir, settings.steps, done, title, figures))
+            first, listed = done + 1, []
+            stopped_by = _stopped_by(stop)
+            while done < settings.steps and not stopped_by:
                 batch_started = time.perf_counter()
-                batch = next(data)
+                with together():
+                    batch = next(data)
                 waited = time.perf_counter() - batch_started
                 done += 1
                 known = compilations.count
@@ -121,30 +137,56 @@ def train(
                     recompiled += compilations.count - known
                 listed = _list_bad_rows(run_dir, data, listed)
                 metrics = dict(metrics) | {
-                    "data/bad_rows": listed,
+                    "data/bad_rows": len(listed),
                     "time/data": waited,
                     "time/step": time.perf_counter() - batch_started,
                 }
-                metrics_log.write(done, metrics)
-                last = done == settings.steps or stop.requested
+                with together():
+                    record(done, metrics)
+                stopped_by = _stopped_by(stop)
+                last = done == settings.steps or bool(stopped_by)
                 checkpoints.save(done, state, data.get_state(), metadata, force=last)
         checkpoints.wait()
     return RunResult(
         steps=done,
-        stopped_by=stop.number,
+        stopped_by=_stopped_by(stop),
         seconds=time.perf_counter() - started,
         compilations_after_warmup=recompiled,
     )
 
 
-def _list_bad_rows(run_dir: Path, data: Batches[Any], listed: int) -> int:
-    """How many rows are known to be bad; `bad_rows.txt` names each with the reason, and news are logged."""
-    bad = data.report.bad
-    if len(bad) > listed:
-        for row in bad[listed:]:
-            log.warning("skipped %s", row)
-        write_text_atomically(run_dir / "bad_rows.txt", "".join(f"{row}\n" for row in bad))
-    return len(bad)
+@contextlib.contextmanager
+def _metrics_log(
+    run_dir: Path, steps: int, done: int, title: str, figures: Mapping[str, str]
+) -> Iterator[Callable[[int, Mapping[str, Any]], None]]:
+    """What records the metrics of a step: in the first process; in the others it does nothing."""
+    if not is_lead():
+        yield lambda step, metrics: None
+        return
+    with MetricsLog(run_dir, steps=steps, restored_step=done, title=title, figures=figures) as metrics_log:
+        yield metrics_log.write
+
+
+def _stopped_by(stop: StopSignal) -> int:
+    """The signal that any process was told to stop by; 0: none."""
+    return int(agree(np.asarray(stop.number)).max())
+
+
+def _list_bad_rows(run_dir: Path, data: Batches[Any], listed: list[str]) -> list[str]:
+    """The rows that any process knows to be bad; `bad_rows.txt` names each with the reason, and news are logged.
+
+    `listed`: those known so far.
+    """
+    mine = [str(row) for row in data.report.bad]
+    if not agree(np.asarray(not set(mine) <= set(listed))).any():
+        return listed
+    bad = list(dict.fromkeys(itertools.chain(listed, *gather(mine))))
+    with together():
+        if is_lead():
+            for row in bad[len(listed) :]:
+                log.warning("skipped %s", row)
+            write_text_atomically(run_dir / "bad_rows.txt", "".join(f"{row}\n" for row in bad))
+    return bad
 
 
 def _remember_config(run_dir: Path, config: SFTConfig | RLConfig) -> None:

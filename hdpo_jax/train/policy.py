@@ -53,11 +53,15 @@ class Policy:
         )
 
 
-def load_policy(config: ModelConfig, axes: MeshAxes, devices: Sequence[Any] | None = None) -> Policy:
-    """The policy in the HF directory `config.path`, its parameters spread over a mesh of `devices` (None: all)."""
+def load_policy(
+    config: ModelConfig, axes: MeshAxes, devices: Sequence[Any] | None = None, *, together: bool = False
+) -> Policy:
+    """The policy in the HF directory `config.path`, its parameters spread over a mesh of `devices` (None: all).
+
+    `together`: what is done with it is shared among the processes of a job; else more than one is refused.
+    """
     multihost.start()
-    if jax.process_count() > 1:
-        # Rollouts in lock-step over hosts are not written yet; without them the hosts would wait for each other.
+    if jax.process_count() > 1 and not together:
         raise ConfigError(f"this job has {jax.process_count()} processes; expected one, with all the devices it drives")
     mesh = make_mesh(axes, devices)
     processor = Processor.from_hf(config.path)

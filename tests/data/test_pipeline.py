@@ -110,6 +110,15 @@ def test_a_look_ahead_moves_nothing(dataset):
     assert take(iterator, 1) == uninterrupted[3:]
 
 
+def test_the_hosts_share_each_part_of_a_batch(dataset):
+    """Host 0 of 2 with the first half would instead have the whole first mini-batch, and none of the second."""
+    (whole,) = take(batches(dataset, batch_size=8, seed=5), 1)
+    halves = [batches(dataset, batch_size=8, seed=5, shard_index=host, shard_count=2, parts=2) for host in range(2)]
+    assert [half.places for half in halves] == [[0, 1, 4, 5], [2, 3, 6, 7]]
+    for half in halves:
+        assert take(half, 1) == [[whole[place] for place in half.places]]
+
+
 def test_a_run_may_resume_on_another_number_of_hosts(dataset):
     whole = take(batches(dataset, batch_size=8, seed=1), 6)
     one = batches(dataset, batch_size=8, seed=1, shard_index=1, shard_count=2)
@@ -134,6 +143,8 @@ def test_a_state_of_other_data_or_settings_is_refused(dataset):
 def test_impossible_settings_are_refused(dataset):
     with pytest.raises(DataError, match="batch size is 6; expected a multiple of the 4 hosts"):
         batches(dataset, batch_size=6, seed=0, shard_count=4)
+    with pytest.raises(DataError, match="batch size is 6; expected a multiple of the 3 hosts times 4 mini-batches"):
+        batches(dataset, batch_size=6, seed=0, shard_count=3, parts=4)
     with pytest.raises(DataError, match="shard index is 2; expected 0 to 1"):
         batches(dataset, batch_size=4, seed=0, shard_index=2, shard_count=2)
 

@@ -32,7 +32,7 @@ def chatty_policy(task: Task, devices: int = 1) -> Policy:
     """Only `</tool_call>`, the end of a turn and a dozen letters may be sampled: most turns end in a call."""
     config = ModelConfig(path=str(task.checkpoint), dtype="float32", remat="nothing")
     axes = MeshAxes(data=devices // 2, fsdp=2) if devices > 1 else MeshAxes()
-    policy = load_policy(config, axes, jax.devices()[:devices])
+    policy = load_policy(config, axes, jax.devices()[:devices], together=True)
     processor = policy.processor
     allowed = [*processor.tool_call_end, processor.stop_ids[0], *processor.encode_text("ABCDEFGHKLMN")]
     forbidden = np.ones_like(processor.forbidden)

@@ -2,9 +2,6 @@
 
 import json
 import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from sharding import make_mesh, multihost, shard_batch
-
-HERE = Path(__file__).parent
-SCHEDULERS = ("JAX_", "SLURM_", "OMPI_", "TPU_", "MEGASCALE_")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+from tests.processes import SCHEDULERS, run_job
 
 
 @pytest.fixture
@@ -38,28 +27,9 @@ def alone(monkeypatch):
 
 @pytest.mark.slow
 def test_two_processes():
-    address = f"127.0.0.1:{free_port()}"
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(SCHEDULERS)}
-    common = clean | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(HERE.parent.parent)}
-    command = [sys.executable, str(HERE / "worker.py")]
-    workers = [
-        subprocess.Popen(
-            command,
-            env=common | {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(index)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(2)
-    ]
-    try:
-        outcomes = [worker.communicate(timeout=300) for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    for worker, (_, errors) in zip(workers, outcomes, strict=True):
-        assert worker.returncode == 0, errors[-3000:]
-    for index, (output, _) in enumerate(outcomes):
+    outcomes = run_job([str(Path(__file__).with_name("worker.py"))])
+    for index, (status, output, errors) in enumerate(outcomes):
+        assert status == 0, errors[-3000:]
         assert json.loads(output.splitlines()[-1]) == {
             "processes": 2,
             "devices": 4,
@@ -67,6 +37,8 @@ def test_two_processes():
             # 64-bit values come through whole; sent as JAX arrays they would be cut to 32 bits.
             "agreed": [[[0, 2**53]], [[1, 2**53 + 1]]],
             "agreed_scalar": [0.1, 1.1],
+            "gathered": [{"me": "é"}, {"me": "éé"}],
+            "given_up": ["OtherProcessFailed('process 1 gave up: OSError: disk full')", "OSError('disk full')"][index],
             "global": [4, 3],
             "sum": 15.0 + 75.0,
             "round_trip": True,

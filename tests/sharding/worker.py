@@ -22,6 +22,15 @@ def main() -> None:
     big = 2**53 + me  # more than 32 bits
     seen["agreed"] = multihost.agree(np.array([[me, big]])).tolist()
     seen["agreed_scalar"] = multihost.agree(np.asarray(0.1 + me)).tolist()
+    seen["gathered"] = multihost.gather({"me": "é" * (1 + me)})
+    with multihost.together():
+        pass
+    try:
+        with multihost.together():
+            if me:
+                raise OSError("disk full")
+    except (OSError, multihost.OtherProcessFailed) as error:
+        seen["given_up"] = repr(error)
 
     mine: Any = np.arange(6, dtype=np.float32).reshape(2, 3) + 10 * me
     rows = shard_batch({"rows": mine, "count": np.int32(7)}, mesh)

@@ -74,14 +74,14 @@ def prompts_learned(config: RLConfig) -> list[list[str]]:
 def test_a_run_told_to_stop_goes_on_with_what_it_sampled_but_did_not_learn(config, monkeypatch):
     monkeypatch.setattr(rl, "load_policy", functools.partial(load_policy, devices=jax.devices()[:1]))
     monkeypatch.setattr(iteration, "score_trajectory", judge)
-    write_records = rl.write_records
+    write_lines = rl.write_lines
 
     def write_and_stop(path, records):
-        write_records(path, records)
+        write_lines(path, records)
         if path.stem == f"step_{STOPPED}":
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(rl, "write_records", write_and_stop)
+    monkeypatch.setattr(rl, "write_lines", write_and_stop)
     stopped = rl.train_rl(config)
     assert (stopped.steps, stopped.stopped_by) == (STOPPED, signal.SIGTERM)
     assert not any(thread.name.startswith("ahead") for thread in threading.enumerate())
