@@ -20,7 +20,7 @@ from tests.rollout.chatty import Task, chatty_policy
 from tests.rollout.iterations import MINI_BATCHES, PROMPTS, Setting, host_driven
 from tests.rollout.test_agent import Camera
 
-CALL_SECONDS = 5.0
+CALL_SECONDS = 15.0
 
 
 class Tools(Camera):
