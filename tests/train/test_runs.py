@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -78,16 +79,22 @@ def task(tmp_path_factory) -> Task:
     return Task(directory / "model", files.cold_start[0], files.train)
 
 
-def start(command: str, config: Path, *flags: str) -> subprocess.Popen:
+def start(command: str, config: Path, largest_file: int = 0) -> subprocess.Popen:
+    """`hdpo COMMAND CONFIG`. The system lets it write no file of more than `largest_file` bytes (0: of any size)."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     environment.pop("XLA_FLAGS", None)
     return subprocess.Popen(
-        [sys.executable, "-m", "hdpo_jax", command, str(config), *flags],
+        [sys.executable, "-m", "hdpo_jax", command, str(config)],
         env=environment,
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        preexec_fn=limit if largest_file else None,
     )
 
 
@@ -197,6 +204,22 @@ def test_one_program_an_iteration_and_two_processes_are_the_same_run(task, tmp_p
     tolerance = 1e-4 if processes == 1 else 1e-3
     for name, tensor in host_driven.weights.items():
         np.testing.assert_allclose(found.weights[name], tensor, atol=tolerance, err_msg=name)
+
+
+def test_a_dump_that_can_not_be_written_ends_the_run_and_nothing_is_lost(task, tmp_path, host_driven):
+    """As a full disk does, a limit lets the system refuse to write, in the middle of the file."""
+    run, config = configure(task, tmp_path)
+    process = start("train", config, largest_file=2**15)
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == 1
+    assert "File too large" in output.splitlines()[-1] and "Traceback" not in output
+    assert reached_step(run) == 1  # a step is logged once all that it writes is written
+    assert not list((run / "rollouts").iterdir())
+    finish(start("train", config))
+    again = Outcome.of(run)
+    assert again.rollouts == host_driven.rollouts and same_but_for_scheduling(again.log, host_driven.log)
+    for name, tensor in host_driven.weights.items():
+        np.testing.assert_array_equal(again.weights[name], tensor, err_msg=name)
 
 
 @pytest.mark.parametrize(("command", "template"), [("sft", SFT), ("train", RL)])
