@@ -61,7 +61,7 @@ class Setting:
             rollout=replace(ROLLOUT, **rollout),
             seed=3,
         )
-        optimizer = optax.adamw(1e-3)
+        optimizer = optax.adamw(1e-4)
         self.shardings = state_shardings(abstract_state(policy.params, optimizer))
         self.update = make_update(
             policy.graphdef,

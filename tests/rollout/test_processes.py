@@ -14,6 +14,7 @@ from tests.rollout.chatty import chatty_policy
 from tests.rollout.iterations import PROMPTS, SAMPLES, Setting, host_driven
 from tests.rollout.process_worker import CALL_SECONDS
 from tests.rollout.test_agent import Camera, assert_same
+from tests.updates import assert_learned_the_same
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -37,7 +38,7 @@ def seen(task, tmp_path_factory) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("way", ["host_driven", "fused"])
-def test_two_processes_learn_what_one_does(alone, seen, way):
+def test_two_processes_learn_what_one_does(policy, alone, seen, way):
     """Each mini-batch is shared: had each process a half of the batch, one would idle in every mini-batch."""
     assert [one["numbers"] for one in seen] == [[0, 2], [1, 3]]
     state, expected, metrics = alone
@@ -45,12 +46,10 @@ def test_two_processes_learn_what_one_does(alone, seen, way):
     found = [trajectory for one in seen for trajectory in one[way][1]]
     assert_same(sorted(found, key=lambda one: (one.group, one.sample)), expected)
     for params, _, measured in (one[way] for one in seen):
-        for ours, theirs in zip(params, jax.tree.leaves(state.params), strict=True):
-            # Of steps of 1e-3: Adam's first goes as far for a gradient that is all rounding as for any other.
-            np.testing.assert_allclose(ours, theirs, atol=1e-4)
+        assert_learned_the_same(params, jax.tree.leaves(state.params), jax.tree.leaves(policy.params))
         assert measured.keys() == metrics.keys()
         for name, value in metrics.items():
-            np.testing.assert_allclose(measured[name], value, atol=1e-5, err_msg=name)
+            np.testing.assert_allclose(measured[name], value, atol=1e-4, err_msg=name)
 
 
 def test_the_engine_is_measured_over_all(seen):
