@@ -103,7 +103,7 @@ def main(rounds: int) -> int:
             ">= 12x",
             unit="MB",
         ),
-        Row("the host's part of a chunk: plan, transfers, dispatch", 1e3 * chunk, unit="ms"),
+        Row(f"the host between two chunks of {FIXED.rows} slots", 1e3 * chunk, unit="ms"),
         Row(
             f"decode capacity used, {WAITING.rows} slots, {WAITING.prompts * WAITING.samples} rollouts, tools of "
             f"{TOOL_SECONDS:g} s: while rollouts wait for a slot",

@@ -106,7 +106,9 @@ def run(directory: str, sizes: Sizes, *, tools: bool = False, **changes: Any) ->
     return {
         "seconds": time.perf_counter() - started,
         "prefill_seconds": ours.stats.extend_seconds,
+        "decode_seconds": ours.stats.decode_seconds,
         "decode_steps": ours.stats.decode_steps,
+        "chunks": ours.stats.chunks,
         "token_ids": [one.token_ids.tolist() for one in found],
     }
 
@@ -135,11 +137,9 @@ def group_of_one_prompt(directory: str) -> dict[str, float]:
 
 
 def chunk_overhead(directory: str) -> float:
-    """Seconds that a chunk takes beside its decode steps: chunks of 1 step against chunks of 64, the same tokens."""
-    found = [run(directory, FIXED, chunk=chunk) for chunk in (64, 1)]
-    chunks = FIXED.new_tokens - -(-FIXED.new_tokens // 64)
-    decoding = [one["seconds"] - one["prefill_seconds"] for one in found]
-    return (decoding[1] - decoding[0]) / chunks
+    """Seconds that the host takes between two chunks, with every slot running: what is not waited for a program."""
+    found = run(directory, FIXED, chunk=1)
+    return (found["seconds"] - found["prefill_seconds"] - found["decode_seconds"]) / found["chunks"]
 
 
 def many_waiting(directory: str) -> dict[str, float]:
