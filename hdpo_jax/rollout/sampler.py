@@ -103,7 +103,7 @@ class Sampler:
         on_finished: Callable[[Trajectory], None] | None = None,
     ) -> Rollout:
         """The host's part of what `sample` does; to be closed, also after an error."""
-        return Rollout(
+        rollout = Rollout(
             self._scheduler(),
             self._processor,
             self._toolbox,
@@ -118,13 +118,14 @@ class Sampler:
             alone=self._alone,
             on_finished=on_finished,
         )
+        self.stats = rollout.stats
+        return rollout
 
     def run(self, params: nnx.State, rollout: Rollout, *, turn: AbstractContextManager | None = None) -> None:
         """Runs a rollout to its end, and closes it.
 
         `turn` is held while programs are started: where two threads do so, every device gets them in one order.
         """
-        self.stats = rollout.stats
         try:
             with jax.set_mesh(self._mesh):
                 self._run(params, rollout, turn or nullcontext())
@@ -133,8 +134,7 @@ class Sampler:
         self.remember(rollout)
 
     def remember(self, rollout: Rollout) -> None:
-        """Keeps what a finished rollout says about the next ones: how long they may be, and where the time went."""
-        self.stats = rollout.stats
+        """Keeps what a finished rollout says about the next ones: how long they may be."""
         lengths: dict[str, list[int]] = {}
         for trajectory in rollout.trajectories:
             lengths.setdefault(trajectory.prompt.id, []).append(int(trajectory.sampled.sum()))

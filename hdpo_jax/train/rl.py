@@ -8,7 +8,7 @@ from hdpo_jax.algorithm.state import TrainState
 from hdpo_jax.config import RLConfig
 from hdpo_jax.data.prompts import PromptDataset
 from hdpo_jax.rewards import Verdict
-from hdpo_jax.rewards.outcomes import Outcome, summarise
+from hdpo_jax.rewards.outcomes import Outcome, outcome, summarise
 from hdpo_jax.rollout.ahead import Ahead
 from hdpo_jax.rollout.prompts import PromptEncoder
 from hdpo_jax.rollout.stats import RolloutStats
@@ -83,16 +83,17 @@ class Result(NamedTuple):
 
 
 def result(trajectory: Trajectory, verdict: Verdict) -> Result:
+    seen = outcome(trajectory, verdict)
     return Result(
         group=trajectory.group,
         sample=trajectory.sample,
         accuracy=float(verdict.accuracy),
         tool=float(verdict.tool),
         format=float(verdict.format),
-        correct=bool(verdict.correct),
-        calls=trajectory.calls,
-        usable=trajectory.usable,
-        legible=trajectory.prompt.extra.get("legible"),
+        correct=bool(seen.correct),
+        calls=seen.calls,
+        usable=seen.usable,
+        legible=seen.legible,
         tokens=int(trajectory.sampled.sum()),
         out_of_budget=trajectory.stop is StopReason.TOKEN_BUDGET,
     )

@@ -27,11 +27,17 @@ def main(rounds: int) -> int:
             print(f"{name} {seconds:.2f} s", flush=True)
             return seconds
 
+        prefill: list[float] = []
+
+        def whole_of_ours() -> float:
+            found = ours.call(rollout_ours.fixed, model)
+            prefill.append(timed("our prefill", found["prefill_seconds"]))
+            return timed("ours", found["seconds"])
+
         whole = take_turns(
             {
-                "ours": lambda: timed("ours", ours.call(rollout_ours.fixed, model)["seconds"]),
+                "ours": whole_of_ours,
                 "peer": lambda: timed("transformers", peer.call(rollout_torch.fixed, model)),
-                "prefill": lambda: timed("our prefill", ours.call(rollout_ours.fixed, model)["prefill_seconds"]),
                 "peer prefill": lambda: timed("transformers' prefill", peer.call(rollout_torch.prefill, model)),
             },
             rounds,
@@ -56,6 +62,7 @@ def main(rounds: int) -> int:
 
     tokens = FIXED.prompts * FIXED.samples * FIXED.new_tokens
     prompt_tokens = FIXED.prompts * FIXED.samples * FIXED.prompt_tokens
+    whole["prefill"] = prefill
     seconds = {name: median(found) for name, found in whole.items()}
     what = f"{FIXED.prompts} prompts x {FIXED.samples}, {FIXED.prompt_tokens} + {FIXED.new_tokens} tokens"
     several = f"{MIXED.prompts * MIXED.samples} rollouts of mixed length, {MIXED.rows} at a time"

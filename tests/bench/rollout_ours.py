@@ -100,9 +100,9 @@ def sampler(directory: str, sizes: Sizes, config: RolloutConfig, tools: bool) ->
 def run(directory: str, sizes: Sizes, *, tools: bool = False, **changes: Any) -> dict[str, Any]:
     """One batch: seconds, tokens, and what the sampler counted."""
     ours = sampler(directory, sizes, replace(rollout_config(sizes), **changes), tools)
+    params, asked = policy(directory, tools).params, prompts(directory, sizes)
     started = time.perf_counter()
-    params = policy(directory, tools).params
-    found = ours.sample(params, prompts(directory, sizes), samples=sizes.samples, step=0)
+    found = ours.sample(params, asked, samples=sizes.samples, step=0)
     return {
         "seconds": time.perf_counter() - started,
         "prefill_seconds": ours.stats.extend_seconds,

@@ -14,15 +14,13 @@ import pytest
 from configs import signs_hdpo
 from hdpo_jax.config import RLConfig, ToolsConfig
 from hdpo_jax.data.prompts import PromptDataset
-from hdpo_jax.data.signs import SignsConfig, cold_start_texts, write_signs
-from hdpo_jax.data.signs_config import ColdStartPhase
-from hdpo_jax.data.tiny_checkpoint import write_tiny_checkpoint
 from hdpo_jax.rewards import Verdict
 from hdpo_jax.train import iteration, rl
 from hdpo_jax.train.loop import host_batches
 from hdpo_jax.train.metrics import read_metrics
 from hdpo_jax.train.policy import load_policy
 from hdpo_jax.types import Trajectory
+from tests.small_signs import write_small_signs
 
 STEPS, STOPPED = 4, 2
 
@@ -30,9 +28,7 @@ STEPS, STOPPED = 4, 2
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> RLConfig:
     directory = tmp_path_factory.mktemp("signs")
-    phase = ColdStartPhase(conversations=40, tool_share_legible=0.5, tool_share_illegible=0.5)
-    files = write_signs(directory / "data", SignsConfig(cold_start=(phase,), train_boards=16, test_boards=8), seed=0)
-    write_tiny_checkpoint(directory / "model", seed=0, corpus=cold_start_texts(files.cold_start))
+    files = write_small_signs(directory, conversations=40, boards=16)
     config = signs_hdpo.get_config()
     return replace(
         config,

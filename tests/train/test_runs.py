@@ -14,10 +14,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from hdpo_jax.data.signs import SignsConfig, cold_start_texts, write_signs
-from hdpo_jax.data.signs_config import ColdStartPhase
-from hdpo_jax.data.tiny_checkpoint import write_tiny_checkpoint
 from tests.processes import run_job
+from tests.small_signs import write_small_signs
 from tests.updates import assert_learned_the_same
 
 pytestmark = [pytest.mark.slow, pytest.mark.requires_bwrap, pytest.mark.timeout(1800)]
@@ -74,9 +72,7 @@ class Task:
 @pytest.fixture(scope="module")
 def task(tmp_path_factory) -> Task:
     directory = tmp_path_factory.mktemp("signs")
-    phase = ColdStartPhase(conversations=40, tool_share_legible=0.5, tool_share_illegible=0.5)
-    files = write_signs(directory / "data", SignsConfig(cold_start=(phase,), train_boards=24, test_boards=8), seed=0)
-    write_tiny_checkpoint(directory / "model", seed=0, corpus=cold_start_texts(files.cold_start))
+    files = write_small_signs(directory, conversations=40, boards=24)
     return Task(directory / "model", files.cold_start[0], files.train)
 
 
