@@ -132,7 +132,7 @@ class RolloutConfig:
         (1, 8_192, 32_768),
     )
     """Static sizes (rows, tokens, image patches) in which prompts and observations are computed: each in the first
-    that holds it, what no size holds in parts."""
+    that holds it, what no size holds in parts. Of those with other rows only, the smallest that holds the batch."""
     longest_first: bool = True
     """Prompts whose rollouts were long before start first."""
     temperature: float = 1.0
@@ -151,12 +151,12 @@ class RolloutConfig:
             _require(0 < getattr(self, name) <= 1, f"rollout.{name}", getattr(self, name), "a share in (0, 1]")
         _require(0 <= self.min_p < 1, "rollout.min_p", self.min_p, "a share in [0, 1)")
         sound = all(rows > 0 < tokens and patches >= 0 for rows, tokens, patches in self.shapes)
-        sizes = [shape[1:] for shape in self.shapes]
+        in_order = sorted(self.shapes, key=lambda shape: (shape[1:], shape[0]))
         _require(
-            len(sizes) > 0 and sound and sizes == sorted(sizes),
+            len(self.shapes) > 0 and sound and list(self.shapes) == in_order,
             "rollout.shapes",
             self.shapes,
-            "triples (rows > 0, tokens > 0, patches >= 0) by tokens and patches, at least one",
+            "triples (rows > 0, tokens > 0, patches >= 0) by tokens, patches and rows, at least one",
         )
         least = self.pages_a_row + 1
         _require(self.pages == 0 or self.pages >= least, "rollout.pages", self.pages, f"0, or at least {least}")

@@ -80,7 +80,7 @@ class Rollout:
         self._toolbox = toolbox
         self._agent = agent
         self._config = config
-        self._prompts = Intake(encode, prompts, order, ahead=2 * config.shapes[0][0])
+        self._prompts = Intake(encode, prompts, order, ahead=2 * max(rows for rows, _, _ in config.shapes))
         self._samples = samples
         self._step = step
         self._numbers = numbers

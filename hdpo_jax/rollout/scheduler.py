@@ -102,6 +102,8 @@ class Scheduler:
         self._recent = recent
         self._slots = -(-config.slots // lanes)
         self._rows = [max(1, rows // lanes) for rows, _, _ in config.shapes]
+        sizes = [size for _, *size in config.shapes]
+        self._same_size = [[shape for shape, other in enumerate(sizes) if other == size] for size in sizes]
         self._lanes = [_Lane(self._slots, config.pages_per_lane(lanes)) for _ in range(lanes)]
         self._lane_of: dict[Strand, _Lane] = {}
         self.stats = RolloutStats()
@@ -206,16 +208,21 @@ class Scheduler:
             for strand in self._incomplete(lane):
                 piece = strand.next_piece(self._config.shapes, self._model)
                 batch = batches[piece.shape][number]
-                if len(batch) < self._rows[piece.shape] and self._make_room(lane, strand, piece, planned):
+                if len(batch) < self._most_rows(piece.shape) and self._make_room(lane, strand, piece, planned):
                     batch.append((strand, piece))
                     planned.add(strand)
         hungry = any(len(lane.free) > len(lane.ready) for lane in self._lanes)
-        return [
-            self._extension(shape, batch)
-            if any(batch) and (hungry or any(len(rows) == self._rows[shape] for rows in batch))
-            else None
-            for shape, batch in enumerate(batches)
-        ]
+        extensions: list[Extension | None] = [None for _ in batches]
+        for size, batch in enumerate(batches):
+            rows = max(map(len, batch))
+            if rows and (hungry or rows == self._most_rows(size)):
+                shape = next(shape for shape in self._same_size[size] if self._rows[shape] >= rows)
+                extensions[shape] = self._extension(shape, batch)
+        return extensions
+
+    def _most_rows(self, size: int) -> int:
+        """Of the shapes of one size, of which pieces name the first."""
+        return max(self._rows[shape] for shape in self._same_size[size])
 
     def _incomplete(self, lane: _Lane) -> list[Strand]:
         return [*lane.missing, *(family.prompt for family in lane.families if not family.prompt.complete)]

@@ -84,7 +84,10 @@ def rollout_config(sizes: Sizes) -> RolloutConfig:
         page=64,
         chunk=32,
         return_early=0.1,
-        shapes=((4, 64, 0), (4, sizes.prompt_tokens, sizes.patches)),
+        shapes=(
+            *((rows, 64, 0) for rows in (1, 4)),
+            *((rows, sizes.prompt_tokens, sizes.patches) for rows in (1, 4)),
+        ),
     )
 
 

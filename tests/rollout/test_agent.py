@@ -91,6 +91,7 @@ def test_trajectories_call_tools_and_see_images(reference):
         {"slots": 2, "in_flight": 2},
         {"chunk": 3, "return_early": 1.0},
         {"shapes": ((1, 64, 64),)},
+        {"shapes": ((1, 64, 64), (4, 64, 64))},  # as many rows as there is something for
         {"shapes": ((2, 16, 64),)},  # prompts and observations in parts, images between two of them
         {"capacity": 200, "page": 7},
         {"page": 64, "slots": 3, "in_flight": 10},
