@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hdpo_jax.config import RolloutConfig
 from hdpo_jax.rollout.sampling import sample
-from models.qwen3_vl import KVCache, PackedImages, Qwen3VLConfig
+from models.qwen3_vl import KVCache, PackedImages, Qwen3VLConfig, SharedPages
 from sharding.rules import constrain
 
 
@@ -63,6 +63,8 @@ class Running(NamedTuple):
     """The turn's last tokens, -1 before its first: as many as the longest stop sequence has, less one."""
     active: Bool[Array, " slots"]
     """False: nothing in the slot."""
+    shared: SharedPages | None
+    """The pages of prompts that several slots go on from; None: none is read together."""
 
 
 class Chunk(NamedTuple):
@@ -141,7 +143,7 @@ def make_programs(
 
     def decode(params: nnx.State, cache: KVCache, running: Running) -> tuple[KVCache, Report]:
         model = nnx.merge(graphdef, params)
-        running = Running(*(constrain(field, "slots", *[None] * (field.ndim - 1)) for field in running))
+        running = jax.tree.map(lambda field: constrain(field, "slots", *[None] * (field.ndim - 1)), running)
         slots = running.pending.shape[0]
         keys = jax.vmap(lambda identity: trajectory_key(seed, identity))(running.identity)
         enough = jnp.ceil(config.return_early * running.active.sum())
@@ -160,6 +162,7 @@ def make_programs(
                 cache=cache,
                 table=now.table,
                 start=index,
+                shared=now.shared,
             )
             token, logprob, sampled_logprob = sample(
                 model.logits(hidden[:, 0]),

@@ -15,8 +15,11 @@ from hdpo_jax.rollout.engine import Chunk, Copies, Extension, Running
 from hdpo_jax.rollout.pages import PagePool
 from hdpo_jax.rollout.stats import RolloutStats
 from hdpo_jax.rollout.strands import Piece, Strand
-from models.qwen3_vl import Qwen3VLConfig
+from models.qwen3_vl import Qwen3VLConfig, SharedPages
 from models.qwen3_vl.images import pack_images
+
+SHARERS = 4
+"""Trajectories that look at a page of their prompt at a time: more would stand empty where fewer go on."""
 
 
 class Round(NamedTuple):
@@ -324,6 +327,7 @@ class Scheduler:
         pending, length, limit, offset = np.ones((4, slots), np.int32)
         table, identity = self._empty_table(slots), np.zeros((slots, 3), np.int32)
         recent, active = np.full((slots, self._recent), -1, np.int32), np.zeros(slots, bool)
+        shared = [self._shared_pages(lane) for lane in self._lanes]
         for number, lane in enumerate(self._lanes):
             for slot, strand in lane.running.items():
                 at = number * self._slots + slot
@@ -332,8 +336,26 @@ class Scheduler:
                 table[at, : len(strand.pages)] = strand.pages
                 turn = strand.token_ids[strand.turn_start :][-self._recent :] if self._recent else []
                 recent[at, self._recent - len(turn) :] = turn
+        together: Any = (np.concatenate(part) for part in zip(*shared, strict=True))
         arrays: list[Any] = [table, pending, length, limit, offset, identity, recent, active]
-        return Running(*arrays)
+        return Running(*arrays, shared=SharedPages(*together))
+
+    def _shared_pages(self, lane: _Lane) -> SharedPages:
+        """Strands with the same prompt pages in groups; one that was evicted has pages of its own, as many."""
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for slot, strand in lane.running.items():
+            groups.setdefault(tuple(strand.pages[: strand.prompt // self._config.page]), []).append(slot)
+        members = np.zeros((self._slots, SHARERS), np.int32)
+        place, pages = np.zeros((2, self._slots), np.int32)
+        number = 0
+        for shared, slots in groups.items():
+            for first in range(0, len(slots), SHARERS):
+                part = slots[first : first + SHARERS]
+                members[number, : len(part)] = part
+                place[part], pages[part] = number * SHARERS + np.arange(len(part)), len(shared)
+                number += 1
+        arrays: Any = members, place, pages
+        return SharedPages(*arrays)
 
     def _grow(self, lane: _Lane) -> None:
         """Pages for what the strands in slots may sample in a chunk; the longest in a slot first."""

@@ -46,6 +46,8 @@ class Strand:
     """Length at which its token budget is spent."""
     identity: tuple[int, int, int] = (0, 0, 0)
     """Step, prompt and sample number."""
+    prompt: int = 0
+    """Tokens that it has in common with the others of its group, and that were cached for all."""
     turn_start: int = 0
     """Where the turn begins that is being sampled."""
     pages: list[int] = field(default_factory=list)
@@ -58,8 +60,9 @@ class Strand:
 
     def fork(self, identity: tuple[int, int, int], limit: int) -> "Strand":
         """A trajectory that goes on from this prompt; it has no pages yet."""
+        length = self.length
         return Strand(
-            list(self.token_ids), list(self.images), self.positions, limit, identity, turn_start=len(self.token_ids)
+            list(self.token_ids), list(self.images), self.positions, limit, identity, length - 1, turn_start=length
         )
 
     @property

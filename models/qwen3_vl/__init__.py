@@ -1,6 +1,6 @@
 """Qwen3-VL, dense: decoder, vision tower with deepstack, Hugging Face checkpoints in and out."""
 
-from models.qwen3_vl.cache import KVCache
+from models.qwen3_vl.cache import KVCache, SharedPages
 from models.qwen3_vl.config import Qwen3VLConfig, TextConfig, VisionConfig
 from models.qwen3_vl.huggingface import load_hf, read_config, save_hf
 from models.qwen3_vl.images import EncodedImage, PackedImages
@@ -14,6 +14,7 @@ __all__ = [
     "PackedImages",
     "Qwen3VL",
     "Qwen3VLConfig",
+    "SharedPages",
     "TextConfig",
     "VisionConfig",
     "load_hf",

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from models.qwen3_vl.cache import KVCache, by_lane
+from models.qwen3_vl.cache import KVCache, SharedPages, by_lane
 
 # Finite, so that a query that sees nothing (padding) gives an average and not NaN, forward and backward.
 HIDDEN = -1e30
@@ -100,58 +100,133 @@ def paged_attention(
     layer: Int[Array, ""],
     table: Int[Array, "batch width"],
     index: Int[Array, "batch queries"],
+    shared: SharedPages | None = None,
 ) -> Float[Array, "batch queries heads size"]:
     """Attention of tokens at `index` of their rows to what the pages of the rows hold up to there.
 
     Block by block as far as the longest row reaches, with a running softmax; nothing as long as a row is in memory.
     What lies past a row's own end adds exactly nothing, so its result does not depend on its neighbours' lengths.
+    With `shared`, pages that several rows begin with are read once for all of them (one query a row).
     """
     batch, length, heads, size = queries.shape
     kv_heads = cache.values.shape[3]
-    block = max(1, min(table.shape[1], BLOCK_TOKENS // cache.page)) if length > 1 else 1
-    table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % block)))
-    blocks = jnp.max(index) // (block * cache.page) + 1
     # Scaling the queries is cheaper than scaling the scores.
     grouped = (queries * size**-0.5).reshape(batch, length, kv_heads, heads // kv_heads, size)
+    own_table, own_tokens = table, index + 1
+    if shared is not None:
+        own_table = jnp.take_along_axis(
+            table, shared.pages[:, None] + jnp.arange(table.shape[1]), axis=1, mode="fill", fill_value=0
+        )
+        own_tokens -= cache.page * shared.pages[:, None]
+    # As far as any lane goes, so that no lane's loop hangs on another's.
+    most_own = jnp.max(own_tokens)
+    most_shared = None if shared is None else (jnp.max(shared.place), jnp.max(shared.pages) * cache.page)
 
-    product = partial(jnp.matmul, preferred_element_type=jnp.float32)
+    def attend(
+        lane: KVCache, queries: Array, table: Array, own_table: Array, own_tokens: Array, shared: SharedPages | None
+    ) -> _Sums:
+        begun = None
+        if shared is not None and most_shared is not None:
+            begun = _look_together(lane, layer, queries, table, shared, *most_shared)
+        return _look(lane, layer, queries, own_table, own_tokens, most_own, begun)
+
+    parts = jax.tree.map(lambda part: by_lane(part, cache.lanes), (grouped, table, own_table, own_tokens, shared))
+    sums = jax.vmap(attend)(cache, *parts)
+    return (sums.mixed / sums.total[..., None]).reshape(queries.shape).astype(queries.dtype)
+
+
+class _Sums(NamedTuple):
+    """A softmax on its way: over the keys seen so far."""
+
+    most: Float[Array, "rows queries kv_heads group"]
+    """The largest score."""
+    total: Float[Array, "rows queries kv_heads group"]
+    """Sum of exp(score - most)."""
+    mixed: Float[Array, "rows queries kv_heads group size"]
+    """The values, so weighted."""
+
+    @classmethod
+    def nothing(cls, queries: Array) -> "_Sums":
+        shape = queries.shape[:-1]
+        return cls(jnp.full(shape, HIDDEN), jnp.zeros(shape), jnp.zeros(queries.shape))
+
+
+def _look(
+    lane: KVCache,
+    layer: Int[Array, ""],
+    queries: Float[Array, "rows queries kv_heads group size"],
+    table: Int[Array, "rows width"],
+    tokens: Int[Array, "rows queries"],
+    most_tokens: Int[Array, ""],
+    begun: _Sums | None = None,
+) -> _Sums:
+    """Sums over the first `tokens` tokens of the rows' pages, of which no row has more than `most_tokens`."""
+    rows, length, kv_heads, group, size = queries.shape
+    many, page = length > 1, lane.keys.shape[-1]
+    block = max(1, min(table.shape[1], BLOCK_TOKENS // page)) if many else 1
+    table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % block)))
     # One query a row: a sum, which is fused with what reads the pages; a product of so few rows would copy them first.
-    score = product if length > 1 else lambda rows, keys: jnp.sum(rows[..., None] * keys[:, :, None], axis=-2)
-    compute = queries.dtype if length > 1 else jnp.float32
+    product = partial(jnp.matmul, preferred_element_type=jnp.float32)
+    score = product if many else lambda rows, keys: jnp.sum(rows[..., None] * keys[:, :, None], axis=-2)
+    compute = queries.dtype if many else jnp.float32
+    by_head = queries.transpose(0, 2, 3, 1, 4).reshape(rows, kv_heads, group * length, size).astype(compute)
 
-    def attend(lane: KVCache, queries: Array, table: Array, index: Array) -> Array:
-        rows, group = queries.shape[0], queries.shape[3]
-        by_head = queries.transpose(0, 2, 3, 1, 4).reshape(rows, kv_heads, group * length, size).astype(compute)
+    def read(number: Array) -> tuple[Array, Array]:
+        at = jax.lax.dynamic_slice_in_dim(table, number * block, block, axis=1)
+        keys = lane.keys.at[layer, at].get(mode="promise_in_bounds")
+        values = lane.values.at[layer, at].get(mode="promise_in_bounds")
+        keys = keys.transpose(0, 2, 3, 1, 4).reshape(rows, kv_heads, size, -1)
+        values = values.swapaxes(1, 2).reshape(rows, kv_heads, -1, size)
+        return keys.astype(compute), values.astype(compute)
 
-        def read(number: Array) -> tuple[Array, Array]:
-            at = jax.lax.dynamic_slice_in_dim(table, number * block, block, axis=1)
-            keys = lane.keys.at[layer, at].get(mode="promise_in_bounds")
-            values = lane.values.at[layer, at].get(mode="promise_in_bounds")
-            keys = keys.transpose(0, 2, 3, 1, 4).reshape(rows, kv_heads, size, -1)
-            values = values.swapaxes(1, 2).reshape(rows, kv_heads, -1, size)
-            return keys.astype(compute), values.astype(compute)
+    def step(number: Array, sums: _Sums) -> _Sums:
+        keys, values = read(number)
+        scores = score(by_head, keys)
+        seen = number * block * page + jnp.arange(keys.shape[-1]) < tokens[:, :, None]
+        seen = jnp.broadcast_to(seen[:, None, None], (rows, 1, group, *seen.shape[1:]))
+        scores = jnp.where(seen.reshape(rows, 1, group * length, -1), scores, HIDDEN)
+        most = jnp.maximum(sums.most, scores.max(axis=-1))
+        shares = jnp.exp(scores - most[..., None])
+        kept = jnp.exp(sums.most - most)
+        total = sums.total * kept + shares.sum(axis=-1)
+        return _Sums(most, total, sums.mixed * kept[..., None] + product(shares.astype(compute), values))
 
-        def step(number: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-            most, total, mixed = carry
-            keys, values = read(number)
-            scores = score(by_head, keys)
-            reached = number * block * cache.page + jnp.arange(keys.shape[-1]) <= index[:, :, None]
-            reached = jnp.broadcast_to(reached[:, None, None], (rows, 1, group, *reached.shape[1:]))
-            scores = jnp.where(reached.reshape(rows, 1, group * length, -1), scores, HIDDEN)
-            new_most = jnp.maximum(most, scores.max(axis=-1))
-            shares = jnp.exp(scores - new_most[..., None])
-            kept = jnp.exp(most - new_most)
-            return (
-                new_most,
-                total * kept + shares.sum(axis=-1),
-                mixed * kept[..., None] + product(shares.astype(compute), values),
-            )
+    def inside(part: Array) -> Array:
+        return jnp.moveaxis(part, 1, 3).reshape(rows, kv_heads, group * length, *part.shape[4:])
 
-        shape = by_head.shape[:3]
-        nothing = (jnp.full(shape, HIDDEN), jnp.zeros(shape), jnp.zeros((*shape, size)))
-        _, total, mixed = jax.lax.fori_loop(0, blocks, step, nothing)
-        attended = (mixed / total[..., None]).reshape(rows, kv_heads, group, length, size)
-        return attended.transpose(0, 3, 1, 2, 4)
+    def outside(part: Array) -> Array:
+        return jnp.moveaxis(part.reshape(rows, kv_heads, group, length, *part.shape[3:]), 3, 1)
 
-    parts = (by_lane(part, cache.lanes) for part in (grouped, table, index))
-    return jax.vmap(attend)(cache, *parts).reshape(queries.shape).astype(queries.dtype)
+    sums = jax.tree.map(inside, _Sums.nothing(queries) if begun is None else begun)
+    blocks = -(-most_tokens // (block * page))
+    return jax.tree.map(outside, jax.lax.fori_loop(0, blocks, step, sums))
+
+
+def _look_together(
+    lane: KVCache,
+    layer: Int[Array, ""],
+    queries: Float[Array, "rows 1 kv_heads group size"],
+    table: Int[Array, "rows width"],
+    shared: SharedPages,
+    last_place: Int[Array, ""],
+    most_tokens: Int[Array, ""],
+) -> _Sums:
+    """Sums over the shared pages: the rows of a group are many queries of one row.
+
+    As many groups at a time as there would be if all were full, so the rows are computed about once.
+    """
+    rows, most = shared.members.shape
+    batch = -(-rows // most)
+    members = jnp.pad(shared.members, ((0, -rows % batch), (0, 0)))
+
+    def look(number: Array, found: _Sums) -> _Sums:
+        at = jax.lax.dynamic_slice_in_dim(members, number * batch, batch)
+        tokens = jnp.broadcast_to(lane.page * shared.pages[at[:, :1]], at.shape)
+        sums = _look(lane, layer, queries[at, 0], table[at[:, 0]], tokens, most_tokens)
+        return jax.tree.map(
+            partial(jax.lax.dynamic_update_slice_in_dim, start_index=number * batch, axis=0), found, sums
+        )
+
+    nothing = _Sums.nothing(jnp.zeros((*members.shape, *queries.shape[2:])))
+    found = jax.lax.fori_loop(0, last_place // (batch * most) + 1, look, nothing)
+    return jax.tree.map(lambda part: part.reshape(-1, 1, *part.shape[2:])[shared.place], found)

@@ -83,6 +83,20 @@ class KVCache(NamedTuple):
         return KVCache(*(constrain(array, "slots", "layers", None, "kv_heads", None, None) for array in self))
 
 
+class SharedPages(NamedTuple):
+    """Rows of a lane that begin with the same pages, in groups. Every row is in a group, if only in one of its own.
+
+    There may be as many groups as rows; those in use come first.
+    """
+
+    members: Int[Array, "rows most"]
+    """The rows of each group, numbered within the lane; where it has fewer, any."""
+    place: Int[Array, " rows"]
+    """Where each row stands among the members of all groups: its group times `most`, plus its place there."""
+    pages: Int[Array, " rows"]
+    """How many pages the rows of a group begin with alike; full ones, before the token that looks at them."""
+
+
 def by_lane(array: Array, lanes: int) -> Array:
     """Rows in the order of lanes -> lanes of rows."""
     return array.reshape(lanes, -1, *array.shape[1:])

@@ -7,7 +7,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from models.qwen3_vl.attention import Visibility
-from models.qwen3_vl.cache import KVCache
+from models.qwen3_vl.cache import KVCache, SharedPages
 from models.qwen3_vl.config import Qwen3VLConfig
 from models.qwen3_vl.images import PackedImages
 from models.qwen3_vl.layers import Precision, Remat
@@ -91,15 +91,18 @@ class Qwen3VL(nnx.Module):
         table: Int[Array, "batch width"],
         start: Int[Array, " batch"],
         images: PackedImages | None = None,
+        shared: SharedPages | None = None,
     ) -> tuple[Float[Array, "batch tokens embed"], KVCache]:
         """Hidden states of tokens that continue each row at index `start`, and the cache with them in it.
 
         A part of a prompt, an appended turn and a decode step (one token) are all this. `table` names the pages of
-        each row; a token sees them up to its own index, and what would be written past the last is dropped.
+        each row; a token sees them up to its own index, and what would be written past the last is dropped. In a decode
+        step `shared` says which rows begin with the same pages.
         """
         index = start[:, None] + jnp.arange(input_ids.shape[1])
         x, deepstack = self._embed(input_ids, images)
-        return self.decoder.extend(x, text_rotation(self.config.text, positions), cache, table, index, deepstack)
+        rotation = text_rotation(self.config.text, positions)
+        return self.decoder.extend(x, rotation, cache, table, index, deepstack, shared)
 
     def _output_matrix(self, precision: Precision, rngs: nnx.Rngs) -> nnx.Param:
         text = self.config.text

@@ -6,7 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from models.qwen3_vl.attention import Visibility, causal_attention, paged_attention
-from models.qwen3_vl.cache import KVCache
+from models.qwen3_vl.cache import KVCache, SharedPages
 from models.qwen3_vl.config import Qwen3VLConfig, TextConfig
 from models.qwen3_vl.layers import ACTIVATION_FUNCTIONS, Linear, Precision, Remat, RMSNorm, scan, stack
 from models.qwen3_vl.rope import Rotation, rotate
@@ -93,6 +93,7 @@ class Decoder(nnx.Module):
         table: Int[Array, "batch width"],
         index: Int[Array, "batch tokens"],
         deepstack: Float[Array, "depth batch tokens embed"] | None = None,
+        shared: SharedPages | None = None,
     ) -> tuple[Float[Array, "batch tokens embed"], KVCache]:
         """Tokens that continue what the cache holds, written at `index` of the rows whose pages `table` names.
 
@@ -104,7 +105,7 @@ class Decoder(nnx.Module):
             x, cache = carry
             queries, keys, values = layer.queries_keys_values(x, rotation)
             cache = cache.write(number, table, index, keys, values)
-            attended = paged_attention(queries, cache, number, table, index)
+            attended = paged_attention(queries, cache, number, table, index, shared)
             return _add_features(layer.finish(x, attended), deepstack, number), cache
 
         x, cache = scan(self.layers, body, (x, cache), self._layer_indices())

@@ -150,7 +150,7 @@ class Loop:
         identity = np.array([one.identity for one in batch], np.int32)
         before = np.full((len(batch), recent), -1, np.int32)
         arrays: list[Any] = [self._table, pending, length, limit, offset, identity, before, active]
-        return Running(*arrays)
+        return Running(*arrays, shared=None)
 
     def _offset(self, one: Trajectory) -> int:
         positions = one.question.positions

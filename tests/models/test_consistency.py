@@ -10,7 +10,7 @@ from flax import nnx
 
 from models.qwen3_vl import KVCache, Qwen3VLConfig, load_hf
 from models.qwen3_vl.attention import CAUSAL_BLOCK, Visibility, attention, causal_attention, paged_attention
-from models.qwen3_vl.cache import unshared_table
+from models.qwen3_vl.cache import SharedPages, unshared_table
 from models.qwen3_vl.images import feature_indices, mrope_positions, pack_images
 from sharding import make_mesh, shard_batch
 from tests.models.oracles import IMAGE, VISION_START, Batch, Oracle, Row, batch, oracle, row
@@ -246,6 +246,36 @@ def test_attention_to_a_cache(length):
     np.testing.assert_allclose(found, expected, atol=1e-5)
     found = attention(jnp.asarray(queries), keys, values, Visibility(query_index=jnp.asarray(index)))
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_pages_that_rows_begin_with_are_looked_at_together(most):
+    """Two lanes of five rows: three share two pages, one has as many for itself, one none before its own."""
+    random = np.random.default_rng(0)
+    lanes, rows, page = 2, 5, 4
+    cache = KVCache(
+        keys=jnp.asarray(random.standard_normal((lanes, 1, 16, 2, 10, page)), jnp.float32),
+        values=jnp.asarray(random.standard_normal((lanes, 1, 16, 2, page, 10)), jnp.float32),
+    )
+    queries = jnp.asarray(random.standard_normal((lanes * rows, 1, 6, 10)), jnp.float32)
+    table = np.tile([[1, 2, 3], [4, 5, 6], [1, 2, 7], [1, 2, 8], [9, 10, 0]], (lanes, 1))
+    index = np.array([8, 11, 9, 10, 5, 11, 8, 8, 10, 7])[:, None]
+    groups = [(0, 2, 3), (1,), (4,)]
+    parts = [group[first : first + most] for group in groups for first in range(0, len(group), most)]
+    members, place = np.full((rows, most), rows - 1), np.zeros(rows, int)
+    for number, part in enumerate(parts):
+        members[number, : len(part)] = part
+        place[list(part)] = number * most + np.arange(len(part))
+    shared = SharedPages(
+        members=jnp.tile(members, (lanes, 1)),
+        place=jnp.tile(place, lanes),
+        pages=jnp.tile(jnp.array([2, 2, 2, 2, 0]), lanes),
+    )
+
+    layer = jnp.int32(0)
+    expected = jax.jit(paged_attention)(queries, cache, layer, table, index)
+    found = jax.jit(paged_attention)(queries, cache, layer, table, index, shared)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def test_causal_attention_leaves_out_what_no_query_sees():
