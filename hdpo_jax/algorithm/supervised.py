@@ -39,8 +39,8 @@ def make_sft_step(
     """
 
     def loss(params: PyTree, rows: PackedRows, tokens: Float[Array, ""]) -> tuple[Float[Array, ""], Tally]:
-        logp = token_logprobs(*row_states(graphdef, params, rows), rows.targets)
-        part = -jnp.where(rows.loss_mask, logp, 0).sum() / jnp.maximum(tokens, 1)
+        logp = token_logprobs(*row_states(graphdef, params, rows), rows.targets, wanted=rows.loss_mask)
+        part = -logp.sum() / jnp.maximum(tokens, 1)
         return part, Tally(sums={"loss/total": part}, maxima={})
 
     out_shardings = None if shardings is None else (shardings, None)

@@ -71,10 +71,12 @@ def make_update(
         )
 
     def log_probs(params: PyTree, rows: PackedRows) -> TokenLogprobs:
-        """Log-probability of each target, and the entropy there, under the distribution that is sampled from."""
+        """Log-probability of each target to learn, and the entropy there, under the distribution sampled from."""
         mask = None if forbidden is None else jnp.asarray(forbidden)
         hidden, head = row_states(graphdef, params, rows)
-        return token_logprobs_and_entropy(hidden, head, rows.targets, temperature=temperature, forbidden=mask)
+        return token_logprobs_and_entropy(
+            hidden, head, rows.targets, temperature=temperature, forbidden=mask, wanted=rows.loss_mask
+        )
 
     def loss(
         params: PyTree, tokens: TokenBatch, counts: TokenCounts, on_policy: Bool[Array, ""]

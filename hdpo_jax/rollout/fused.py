@@ -58,7 +58,7 @@ def make_iterate(
     nothing: Round,
     no_batch: UpdateBatch,
     shardings: TrainState | None = None,
-) -> "Iterate":
+) -> "FusedIteration":
     """The program, and what it calls on the host.
 
     `assemble` makes the update's batch of the finished trajectories: rewards are computed here. `nothing` and
@@ -139,11 +139,11 @@ def make_iterate(
         )
         return state, metrics, sound
 
-    return Iterate(iterate, host, mesh)
+    return FusedIteration(iterate, host, mesh)
 
 
 @dataclass(frozen=True)
-class Iterate:
+class FusedIteration:
     """`iterate(state, rollout) -> (state, metrics)`."""
 
     _program: jax.stages.Wrapped

@@ -1,4 +1,5 @@
-"""`make quickstart`: seconds of each stage, and of a step of HDPO by part (the median step).
+"""`make quickstart`: seconds of each stage, and of a step of HDPO by part (the median step). Then what speculative
+decoding with looked-up drafts would bring on the rollouts of its cold start, in decode steps without drafts.
 
 python -m tests.bench.signs [--from RUN_DIR]     a finished run's figures; by default a run of its own
 """
@@ -13,6 +14,7 @@ from pathlib import Path
 from statistics import median
 
 from hdpo_jax.train.metrics import read_metrics
+from tests.bench import drafts
 from tests.bench.table import Row, markdown
 
 STAGES = {
@@ -36,11 +38,11 @@ PARTS = {
 
 def main(finished: Path | None) -> None:
     if finished:
-        print(markdown(list(table(finished))))
+        print(markdown([*table(finished), *drafts.rows(finished)]))
         return
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, "-m", "hdpo_jax", "quickstart", "--out", folder], check=True)
-        print(markdown(list(table(Path(folder)))))
+        print(markdown([*table(Path(folder)), *drafts.rows(Path(folder))]))
 
 
 def table(run: Path) -> Iterator[Row]:

@@ -25,22 +25,42 @@ def dense(hidden, head, targets, temperature):
     return chosen, -jnp.sum(jnp.exp(logprobs) * finite, axis=-1)
 
 
+SOME = jnp.array([[0, 1, 1, 0, 0, 1, 0], [0] * 7, [1, 0, 0, 0, 0, 0, 1]], bool)
+
+
+@pytest.mark.parametrize("wanted", [None, SOME], ids=["all", "some"])
 @pytest.mark.parametrize("block", [1, 9, 1000])
-def test_values_and_gradients(arrays, block):
+def test_values_and_gradients(arrays, block, wanted):
     hidden, head, targets = arrays
 
     def ours(hidden, head):
-        found = token_logprobs_and_entropy(hidden, head, targets, temperature=0.7, forbidden=FORBIDDEN, block=block)
+        found = token_logprobs_and_entropy(
+            hidden, head, targets, temperature=0.7, forbidden=FORBIDDEN, wanted=wanted, block=block
+        )
         return found.logprobs.sum() + found.entropy.sum(), found
 
     def expected(hidden, head):
         found = dense(hidden, head, targets, 0.7)
+        if wanted is not None:
+            found = tuple(jnp.where(wanted, each, 0) for each in found)
         return found[0].sum() + found[1].sum(), found
 
     gradients, found = jax.grad(ours, argnums=(0, 1), has_aux=True)(hidden, head)
     reference, values = jax.grad(expected, argnums=(0, 1), has_aux=True)(hidden, head)
     for ours_, theirs in zip((*found, *gradients), (*values, *reference), strict=True):
         np.testing.assert_allclose(ours_, theirs, atol=2e-6)
+
+
+def test_blocks_without_a_wanted_token_are_not_computed(arrays):
+    """Their hidden states are no numbers, and neither values nor gradients show it."""
+    hidden, head, targets = arrays
+    hidden = jnp.where(SOME[..., None], hidden, jnp.nan)
+
+    def loss(hidden, head):
+        return token_logprobs(hidden[:1], head, targets[:1], wanted=SOME[:1], block=3).sum()
+
+    value, gradients = jax.value_and_grad(loss, argnums=(0, 1))(hidden, head)
+    assert all(jnp.isfinite(each).all() for each in (value, *gradients))
 
 
 def test_hand_computed():
