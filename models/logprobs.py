@@ -46,7 +46,7 @@ def token_logprobs_and_entropy(
     """Log-probabilities of the targets and the entropy (nats) of the distributions they come from.
 
     forbidden: ids that the sampler never draws; they have no share in the normalisation.
-    wanted: the tokens to look at, by default all; the others get 0. Prompts cost nothing then.
+    wanted: the tokens to look at, by default all; the others get 0. A block in which none is is left out.
     block: tokens whose logits a device holds at a time, also in the backward pass, which computes them again.
     """
     shape = targets.shape

@@ -53,20 +53,3 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.fail(problem, pytrace=False)
         if problem:
             pytest.skip(problem)
-
-
-@pytest.fixture(scope="session")
-def without_torch() -> str:
-    """Python code that makes torch and TensorFlow absent for what is imported after it, as they are for users."""
-    return """
-import sys
-from importlib.machinery import PathFinder
-
-class Hiding(PathFinder):
-    @classmethod
-    def find_spec(cls, name, path=None, target=None):
-        hidden = name.partition(".")[0] in ("torch", "torchvision", "tensorflow")
-        return None if hidden else super().find_spec(name, path, target)
-
-sys.meta_path[sys.meta_path.index(PathFinder)] = Hiding
-"""

@@ -44,7 +44,7 @@ def test_the_oracle_stays_in_the_tests(package: str):
     assert not wrong
 
 
-def test_everything_imports_without_torch_and_tensorflow(without_torch: str):
+def test_everything_imports_without_torch_and_tensorflow():
     modules = [
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         for package in BELOW
@@ -52,7 +52,10 @@ def test_everything_imports_without_torch_and_tensorflow(without_torch: str):
         # Programs of their own: importing them starts something.
         if path.name != "__main__.py" and "kernel" not in path.parts
     ]
-    code = f"{without_torch}\nimport importlib\nfor name in {modules!r}:\n    importlib.import_module(name)"
+    code = (
+        "import importlib\nfrom tests.hdpo import hide_oracles\nhide_oracles()\n"
+        f"for name in {modules!r}:\n    importlib.import_module(name)"
+    )
     outcome = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
     )

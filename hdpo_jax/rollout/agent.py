@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Int
 
 from hdpo_jax.config import AgentConfig, RolloutConfig
-from hdpo_jax.rollout.calls import CallPool
+from hdpo_jax.rollout.calls import CallPool, GivenUp
 from hdpo_jax.rollout.engine import Chunk
 from hdpo_jax.rollout.live import Live
 from hdpo_jax.rollout.prompts import Intake, PromptEncoder, count_patches
@@ -34,6 +34,10 @@ log = logging.getLogger(__name__)
 
 MOMENT = 0.02
 """Seconds that a process waits for its tools, at most, while others may be able to decode."""
+PATIENCE = 5.0
+"""Seconds that an interrupted rollout waits for its sessions to end; what is left of them ends with the process."""
+LONGEST_ERROR = 500
+"""Characters of what a tool raised that the policy gets to see."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,12 +118,18 @@ class Rollout:
 
     def cancel(self) -> None:
         """From another thread: the rollout is given up, and `next` raises CancelledError, also where it waits."""
-        self._cancelled.set_exception(CancelledError("the rollout was cancelled"))
+        if not self._cancelled.done():
+            self._cancelled.set_exception(CancelledError("the rollout was cancelled"))
 
     def close(self) -> None:
-        """Ends the pools, and the sessions that an interrupted run still holds."""
-        for live in self._live.values():
-            self._end_session(live)
+        """Ends the pools, and the sessions that an interrupted run still holds, in the midst of a call or not."""
+        self._pool.cancel()
+        enders = [threading.Thread(target=self._end_session, args=(live,), daemon=True) for live in self._live.values()]
+        for ender in enders:
+            ender.start()
+        until = time.monotonic() + PATIENCE
+        for ender in enders:
+            ender.join(max(0.0, until - time.monotonic()))
         self._pool.close()
         self._prompts.close()
 
@@ -144,14 +154,13 @@ class Rollout:
     def _take(self, sampled: Sampled) -> None:
         live = self._live[sampled.strand]
         live.add_sampled(sampled.logprobs, sampled.sampled_logprobs)
+        live.sampled[-1] &= not sampled.forced
         if sampled.ended:
             self._end_turn(live)
 
     def _end_turn(self, live: Live) -> None:
         strand, calls = live.strand, self._processor.tool_call_end
         spent = strand.length >= strand.limit
-        if spent and self._config.force_end:
-            live.sampled[-1] = False
         turn = strand.token_ids[strand.turn_start :]
         text = self._processor.decode(turn)
         live.turns.append(Turn(role="assistant", text=text))
@@ -190,21 +199,20 @@ class Rollout:
 
     def _end_session(self, live: Live) -> None:
         session, live.session = live.session, None
-        if session:
-            session.close()
+        _close(session)
 
     def _answer_of(self, live: Live, future: Future[_Answer]) -> _Answer:
         """What a call gave; where it failed, raised or gave nonsense, words that say so: the policy's to deal with."""
         error = future.exception()
         if error is None:
             return future.result()
-        if isinstance(error, TimeoutError):
+        if isinstance(error, GivenUp):
             # The session is stuck in that call: the next call gets a new one, and this one ends when it can.
             session, live.session = live.session, None
-            threading.Thread(target=session.close if session else None, daemon=True).start()
+            threading.Thread(target=_close, args=(session,), daemon=True).start()
             said = f"it did not answer within {self._agent.call_seconds:g} s; its state is lost"
         else:
-            said = f"{type(error).__name__}: {error}"
+            said = _in_words(error)
         log.warning("a tool call failed: %s", said)
         return self._answer(Observation(text=f"[The tool failed: {said}]", ok=False), room=0)
 
@@ -270,3 +278,21 @@ class Rollout:
         live.add_given(len(answer.token_ids))
         live.strand.append(answer.token_ids, list(answer.images), self._processor.config)
         self._scheduler.resume(live.strand)
+
+
+def _close(session: Session | None) -> None:
+    """What a session does not let go of is not its trajectory's concern: that is whole."""
+    try:
+        if session:
+            session.close()
+    except Exception as error:
+        log.warning("a tool's session did not close: %s", _in_words(error))
+
+
+def _in_words(error: BaseException) -> str:
+    """What an error says, as text that can be tokenized, whatever a tool raised."""
+    try:
+        said = str(error)
+    except Exception:
+        said = "it does not say why"
+    return f"{type(error).__name__}: {said}".encode("utf-8", "replace").decode()[:LONGEST_ERROR]

@@ -78,12 +78,17 @@ class Chunk(NamedTuple):
     """Under the distribution that the token was drawn from, truncated by top-k, top-p and min-p."""
     ended: Bool[np.ndarray, " slots"]
     """The slot stopped: at a stop sequence, or at its limit."""
+    forced: Bool[np.ndarray, " slots"]
+    """Its last token was not sampled: it was written, for the budget is spent."""
     steps: int
     """Decode steps that were done: as many as the slot that went on for longest has tokens, here or elsewhere."""
 
 
+Carry = tuple[Array, KVCache, Running, Array, Array]
+"""Of the decode loop: steps done, cache, slots, which of them were forced to end, and what was sampled."""
 Report = Int[Array, "slots fields"]
-"""A `Chunk` as one array of 32-bit words, for one transfer: count, ended, steps, then three times `chunk`."""
+"""A `Chunk` as one array of 32-bit words, for one transfer: count, ended (2: forced to), steps, then three times
+`chunk`."""
 
 
 @dataclass(frozen=True)
@@ -148,13 +153,13 @@ def make_programs(
         keys = jax.vmap(lambda identity: trajectory_key(seed, identity))(running.identity)
         enough = jnp.ceil(config.return_early * running.active.sum())
 
-        def goes_on(carry: tuple[Array, KVCache, Running, Array]) -> Bool[Array, ""]:
-            step, _, now, _ = carry
+        def goes_on(carry: Carry) -> Bool[Array, ""]:
+            step, _, now, _, _ = carry
             stopped = (running.active & ~now.active).sum()
             return (step < config.chunk) & now.active.any() & ((stopped < enough) | (step == 0))
 
-        def one_token(carry: tuple[Array, KVCache, Running, Array]) -> tuple[Array, KVCache, Running, Array]:
-            step, cache, now, sampled = carry
+        def one_token(carry: Carry) -> Carry:
+            step, cache, now, forced, sampled = carry
             index = now.length - 1
             hidden, cache = model.extend(
                 now.pending[:, None],
@@ -175,9 +180,13 @@ def make_programs(
             )
             length = now.length + now.active
             spent = length >= now.limit
-            if config.force_end:
-                token = jnp.where(spent, end_id, token)
             recent = jnp.concatenate([now.recent, token[:, None]], axis=1)
+            stopped = _stopped(recent, stops)
+            if config.force_end:
+                unended = now.active & spent & ~stopped
+                forced |= unended
+                token = jnp.where(unended, end_id, token)
+                logprob, sampled_logprob = (jnp.where(unended, 0, each) for each in (logprob, sampled_logprob))
             words = jnp.stack([token, _as_words(logprob), _as_words(sampled_logprob)])
             return (
                 step + 1,
@@ -186,15 +195,17 @@ def make_programs(
                     pending=jnp.where(now.active, token, now.pending),
                     length=length,
                     recent=jnp.where(now.active[:, None], recent[:, 1:], now.recent),
-                    active=now.active & ~(spent | _stopped(recent, stops)),
+                    active=now.active & ~(spent | stopped),
                 ),
+                forced,
                 sampled.at[:, :, step].set(words),
             )
 
         nothing = jnp.zeros((3, slots, config.chunk), jnp.int32)
-        steps, cache, then, sampled = jax.lax.while_loop(goes_on, one_token, (jnp.int32(0), cache, running, nothing))
-        ended = running.active & ~then.active
-        flags = jnp.stack([then.length - running.length, ended.astype(jnp.int32), jnp.full(slots, steps)], axis=1)
+        first = (jnp.int32(0), cache, running, jnp.zeros(slots, bool), nothing)
+        steps, cache, then, forced, sampled = jax.lax.while_loop(goes_on, one_token, first)
+        ended = (running.active & ~then.active).astype(jnp.int32) + forced
+        flags = jnp.stack([then.length - running.length, ended, jnp.full(slots, steps)], axis=1)
         return cache, constrain(jnp.concatenate([flags, *sampled], axis=1), "slots", None)
 
     return Programs(
@@ -214,7 +225,8 @@ def read_report(report: Int[np.ndarray, "slots fields"]) -> Chunk:
         tokens=tokens,
         logprobs=np.ascontiguousarray(logprobs).view(np.float32),
         sampled_logprobs=np.ascontiguousarray(sampled_logprobs).view(np.float32),
-        ended=report[:, 1].astype(bool),
+        ended=report[:, 1] > 0,
+        forced=report[:, 1] > 1,
         steps=int(report[0, 2]),
     )
 

@@ -157,7 +157,13 @@ class FusedIteration:
         """
         self._host.begin(rollout)
         with jax.set_mesh(self._mesh):
-            state, metrics, sound = jax.block_until_ready(self._program(state))
+            done = self._program(state)
+            try:
+                state, metrics, sound = jax.block_until_ready(done)
+            except BaseException:  # Ctrl-C: the program goes on asking, so it has to hear of it before this can end
+                rollout.cancel()
+                jax.block_until_ready(done)
+                raise
         if not sound:
             try:
                 give_up(self._host.error)

@@ -49,6 +49,8 @@ class Sampled(NamedTuple):
     logprobs: list[float]
     sampled_logprobs: list[float]
     ended: bool
+    forced: bool
+    """The last token was written, not sampled."""
 
 
 class _Family:
@@ -129,16 +131,15 @@ class Scheduler:
 
     def open(self, prompt: Strand, members: Sequence[Strand]) -> None:
         """A prompt is to be computed, once a lane, and trajectories to go on from it."""
-        members = list(members)
-        while members:
-            lane = max(self._lanes, key=lambda lane: lane.wanted)
-            # Where there are several lanes, a group that fills one goes on in the next.
-            count = len(members) if len(self._lanes) == 1 else self._slots
-            here, members = members[:count], members[count:]
-            own = Strand(prompt.token_ids, prompt.images, prompt.positions)
-            lane.families.append(_Family(own, here))
-            for strand in here:
-                self._lane_of[strand] = lane
+        shares: list[list[Strand]] = [[] for _ in self._lanes]
+        # As many as fill a lane go to the one where most slots are wanted, the next ones on from there.
+        for first in range(0, len(members), self._slots):
+            wanted = [lane.wanted - len(share) for lane, share in zip(self._lanes, shares, strict=True)]
+            shares[wanted.index(max(wanted))] += members[first : first + self._slots]
+        for lane, share in zip(self._lanes, shares, strict=True):
+            if share:
+                lane.families.append(_Family(Strand(prompt.token_ids, prompt.images, prompt.positions), share))
+                self._lane_of |= dict.fromkeys(share, lane)
 
     def pause(self, strand: Strand) -> None:
         """A strand that has stopped waits for a tool: its slot is free, its pages stay."""
@@ -175,6 +176,7 @@ class Scheduler:
                     chunk.logprobs[at, :count].tolist(),
                     chunk.sampled_logprobs[at, :count].tolist(),
                     bool(chunk.ended[at]),
+                    bool(chunk.forced[at]),
                 )
                 strand.token_ids.extend(sampled.tokens)
                 strand.cached += count
@@ -216,16 +218,16 @@ class Scheduler:
                     planned.add(strand)
         hungry = any(len(lane.free) > len(lane.ready) for lane in self._lanes)
         extensions: list[Extension | None] = [None for _ in batches]
-        for size, batch in enumerate(batches):
+        for first, batch in enumerate(batches):
             rows = max(map(len, batch))
-            if rows and (hungry or rows == self._most_rows(size)):
-                shape = next(shape for shape in self._same_size[size] if self._rows[shape] >= rows)
+            if rows and (hungry or rows == self._most_rows(first)):
+                shape = next(shape for shape in self._same_size[first] if self._rows[shape] >= rows)
                 extensions[shape] = self._extension(shape, batch)
         return extensions
 
-    def _most_rows(self, size: int) -> int:
-        """Of the shapes of one size, of which pieces name the first."""
-        return max(self._rows[shape] for shape in self._same_size[size])
+    def _most_rows(self, first: int) -> int:
+        """Of the shapes of one size; pieces name the `first` of them."""
+        return max(self._rows[shape] for shape in self._same_size[first])
 
     def _incomplete(self, lane: _Lane) -> list[Strand]:
         return [*lane.missing, *(family.prompt for family in lane.families if not family.prompt.complete)]
@@ -379,13 +381,14 @@ class Scheduler:
         for strand in [*lane.paused, *prompts, *latest_first]:
             if not strand.pages or strand is sparing:
                 continue
+            went_on = strand in lane.ready or strand in lane.running.values()
             if strand in lane.ready:
                 lane.ready.remove(strand)
-                lane.missing.append(strand)
-            elif strand in lane.running.values():
+            elif went_on:
                 lane.leave(strand)
-                lane.missing.append(strand)
             lane.drop_pages(strand)
+            if went_on:  # without a page, a trajectory of a single token has all that it needs
+                (lane.ready if strand.complete else lane.missing).append(strand)
             self.stats.evictions += 1
             return True
         return False

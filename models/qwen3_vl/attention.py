@@ -14,7 +14,7 @@ HIDDEN = -1e30
 CAUSAL_BLOCK = 128
 """Queries of whole rows that are computed at a time, at least."""
 BLOCK_TOKENS = 256
-"""Cached tokens that many queries look at at a time; a decode step looks at a page."""
+"""Cached tokens that many queries look at at a time; a single query looks at a page."""
 
 
 class Visibility(NamedTuple):

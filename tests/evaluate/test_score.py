@@ -92,7 +92,7 @@ def test_conversations_of_many_lengths_compile_few_programs(
     assert len(shapes) <= 3
 
 
-def test_command_scores_without_torch(tiny_model: Path, messages: Path, tmp_path: Path, without_torch: str):
+def test_command_scores_without_torch(tiny_model: Path, messages: Path, tmp_path: Path):
     arguments = [
         "score",
         "--model",
@@ -104,9 +104,9 @@ def test_command_scores_without_torch(tiny_model: Path, messages: Path, tmp_path
         "--dtype",
         "float32",
     ]
-    code = f"{without_torch}\nfrom hdpo_jax.cli import main\nsys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-m", "tests.hdpo", *map(str, arguments)]
     outcome = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=300, check=False
+        command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300, check=False
     )
     assert outcome.returncode == 0, outcome.stderr[-2000:]
     with np.load(tmp_path / "out.npz") as scores:

@@ -9,7 +9,7 @@ import optax
 
 from hdpo_jax.algorithm.state import TrainState, abstract_state, init_state, state_shardings
 from hdpo_jax.algorithm.update import make_update
-from hdpo_jax.config import AlgorithmConfig, RLTrainConfig
+from hdpo_jax.config import AgentConfig, AlgorithmConfig, RLTrainConfig
 from hdpo_jax.rewards import Verdict
 from hdpo_jax.rollout.fused import make_iterate
 from hdpo_jax.rollout.sampler import Sampler
@@ -47,17 +47,19 @@ class Setting:
         toolbox: Any,
         *,
         numbers: Sequence[int] = range(PROMPTS),
-        call_seconds: float = 60.0,
+        agent: AgentConfig = AGENT,
+        train: RLTrainConfig = TRAIN,
         **rollout: Any,
     ):
         self.policy = policy
         self.numbers = numbers
+        self.train = train
         self.sampler = Sampler(
             policy.model,
             policy.processor,
             toolbox,
             mesh=policy.mesh,
-            agent=replace(AGENT, call_seconds=call_seconds),
+            agent=agent,
             rollout=replace(ROLLOUT, **rollout),
             seed=3,
         )
@@ -89,7 +91,7 @@ class Setting:
         return self.sampler.sample(params, mine, samples=SAMPLES, step=step, numbers=self.numbers, **more)
 
     def fused(self):
-        pack = RowBatcher(TRAIN, self.policy.model.config, fixed=True)
+        pack = RowBatcher(self.train, self.policy.model.config, fixed=True)
         return make_iterate(
             self.sampler.programs,
             self.update,
@@ -103,7 +105,7 @@ class Setting:
 
 def host_driven(setting: Setting, prompts, steps: int):
     state, found = setting.state(), []
-    pack = RowBatcher(TRAIN, setting.policy.model.config)
+    pack = RowBatcher(setting.train, setting.policy.model.config)
     for step in range(steps):
         trajectories = setting.sample(state.params, prompts, step)
         found += trajectories

@@ -4,6 +4,7 @@ import itertools
 import pickle
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from hdpo_jax.rollout.fused import IterationFailed
 from hdpo_jax.rollout.lockstep import Lanes
 from hdpo_jax.types import Observation, ToolCall
 from sharding import make_mesh, multihost
-from tests.rollout.chatty import Task, chatty_policy
+from tests.rollout.chatty import AGENT, Task, chatty_policy
 from tests.rollout.iterations import MINI_BATCHES, PROMPTS, Setting, host_driven
 from tests.rollout.test_agent import Camera
 
@@ -61,7 +62,7 @@ def main(directory: Path) -> None:
     policy = chatty_policy(task, devices=jax.device_count())
     prompts, numbers = task.prompts[:PROMPTS], share(PROMPTS, me, count, parts=MINI_BATCHES).tolist()
     tools = Tools()
-    setting = Setting(policy, tools, numbers=numbers, call_seconds=CALL_SECONDS, slots=8)
+    setting = Setting(policy, tools, numbers=numbers, agent=replace(AGENT, call_seconds=CALL_SECONDS), slots=8)
     seen: dict[str, Any] = {"numbers": numbers}
 
     state, found, metrics = host_driven(setting, prompts, steps=1)

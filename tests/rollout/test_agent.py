@@ -239,16 +239,36 @@ def fail(call):
     raise RuntimeError("out of order")
 
 
+def fail_late(call):
+    raise TimeoutError("the server is slow")
+
+
+def fail_oddly(call):
+    raise OSError("no file caf\udce9")  # as Python reads a file's name that is no UTF-8
+
+
+class Speechless(Exception):
+    def __str__(self):
+        raise ValueError
+
+
+def fail_in_silence(call):
+    raise Speechless
+
+
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
         (fail, "[The tool failed: RuntimeError: out of order]"),
+        (fail_late, "[The tool failed: TimeoutError: the server is slow]"),
+        (fail_oddly, "[The tool failed: OSError: no file caf?]"),
+        (fail_in_silence, "[The tool failed: Speechless: it does not say why]"),
         (hang, f"[The tool failed: it did not answer within {PATIENCE} s; its state is lost]"),
         (lambda call: None, "[The tool failed: AttributeError: "),
         (lambda call: Observation(text="look", images=NONSENSE), "[The tool failed: AttributeError: "),
         (lambda call: Observation(text=NONSENSE), "[The tool failed: TypeError: "),
     ],
-    ids=["raises", "hangs", "nothing", "images", "text"],
+    ids=["raises", "raises late", "raises oddly", "raises in silence", "hangs", "nothing", "images", "text"],
 )
 def test_a_tool_that_fails_is_an_observation_that_says_so(task, policy, answer, said):
     class Faulty(Camera):
@@ -269,6 +289,16 @@ def test_a_tool_that_fails_is_an_observation_that_says_so(task, policy, answer, 
     while toolbox.open and time.monotonic() < deadline:
         time.sleep(0.01)
     assert toolbox.open == 0
+
+
+def test_a_session_that_can_not_be_closed_loses_no_trajectory(task, policy, reference):
+    class Sticky(Camera):
+        def session(self, images):
+            session = super().session(images)
+            session.close = lambda: fail(None)
+            return session
+
+    assert_same(sample(policy, task.prompts[:5], toolbox=Sticky()), reference)
 
 
 def test_an_image_of_an_impossible_shape_is_named_and_left_out(task, policy):
@@ -367,16 +397,22 @@ def test_a_stop_may_be_several_tokens(task, policy, monkeypatch):
 
 
 def test_a_spent_budget_ends_the_turn_unsampled_if_it_is_to(task, policy, reference):
-    agent = replace(AGENT, max_response_tokens=9)
-    free = sample(policy, task.prompts[:5], agent=agent)
-    ended = sample(policy, task.prompts[:5], agent=agent, rollout=replace(ROLLOUT, force_end=True))
+    agent, end = replace(AGENT, max_response_tokens=4, max_calls=0), policy.processor.stop_ids[0]
+    free = sample(policy, task.prompts, agent=agent)
+    ended = sample(policy, task.prompts, agent=agent, rollout=replace(ROLLOUT, force_end=True))
     assert [one.stop for one in ended] == [one.stop for one in free]
-    spent = [pair for pair in zip(ended, free, strict=True) if pair[0].sampled[-1] != pair[1].sampled[-1]]
-    assert len(spent) > 2
-    for ours, theirs in spent:
-        assert ours.stop is StopReason.TOKEN_BUDGET
-        assert ours.token_ids[-1] == policy.processor.stop_ids[0]
+    # One that ends its turn with its last token, by itself, has not run out of its budget.
+    last = [one for one in free if one.token_ids[-1] == end and one.sampled.sum() == 4]
+    assert last and all(one.stop is StopReason.END_OF_TURN for one in last)
+    forced = 0
+    for ours, theirs in zip(ended, free, strict=True):
         assert ours.token_ids[:-1].tolist() == theirs.token_ids[:-1].tolist()
+        assert ours.sampled[-1] == (ours.token_ids[-1] == theirs.token_ids[-1])
+        if not ours.sampled[-1]:
+            forced += 1
+            assert ours.stop is StopReason.TOKEN_BUDGET and ours.token_ids[-1] == end
+            assert ours.logprobs[-1] == ours.sampled_logprobs[-1] == 0
+    assert forced > 2
 
 
 def test_both_log_probs_are_kept(task, policy, reference):

@@ -1,13 +1,21 @@
 """The whole iteration in one program gives what the host-driven one gives: trajectories, rewards, parameters."""
 
+import itertools
+import signal
+import threading
+import time
+from dataclasses import replace
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
 
 from hdpo_jax.rollout.fused import IterationFailed
-from tests.rollout.chatty import chatty_policy
-from tests.rollout.iterations import PROMPTS, Setting, fused, host_driven
-from tests.rollout.test_agent import Camera, assert_same
+from hdpo_jax.types import Observation
+from tests.rollout.chatty import AGENT, chatty_policy
+from tests.rollout.iterations import PROMPTS, SAMPLES, TRAIN, Setting, fused, host_driven
+from tests.rollout.test_agent import NONSENSE, Camera, assert_same, fail, hang
 from tests.updates import assert_learned_the_same
 
 
@@ -29,6 +37,71 @@ def test_one_program_is_the_host_driven_iteration(task, reference, devices):
     assert metrics.keys() == expected_metrics.keys()
     for name, value in expected_metrics.items():
         np.testing.assert_allclose(metrics[name], value, atol=1e-4, err_msg=name)
+
+
+def nonsense(call):
+    return Observation(text="look", images=NONSENSE)
+
+
+class Unreliable(Camera):
+    """Raises, answers nonsense, answers and hangs, in turn."""
+
+    def session(self, images):
+        session: Any = super().session(images)
+        answer, turn = session.call, itertools.count()
+
+        def call(asked):
+            number = next(turn) % 4
+            return (fail, nonsense, answer, hang)[number](asked)
+
+        session.call = call
+        return session
+
+
+def test_tools_that_raise_hang_and_answer_nonsense_neither_kill_nor_hang_the_program(task, policy):
+    agent = replace(AGENT, call_seconds=0.3, max_calls=5, max_response_tokens=400, max_observation_tokens=100)
+    train = replace(TRAIN, row_tokens=2_000)
+    settings = {"agent": agent, "train": train, "slots": 8, "capacity": 480, "page": 32}
+    trajectories = []
+    for way in (host_driven, fused):
+        _, found, _ = way(Setting(policy, Unreliable(), **settings), task.prompts[:PROMPTS], steps=1)
+        trajectories.append(found)
+    expected, found = trajectories
+    said = [turn.text for one in expected for turn in one.turns if turn.role == "tool"]
+    for words in ("RuntimeError: out of order", "did not answer within 0.3 s", "AttributeError"):
+        assert any(words in text for text in said)
+    assert all(one.usable for one in expected)
+    assert_same(found, expected, tolerance=1e-4)
+
+
+def test_an_interrupt_ends_the_program_and_its_sessions(task):
+    """Ctrl-C while it runs on two devices and waits for its tools: nothing asks a closed rollout for more."""
+    interrupted = threading.Event()
+
+    class Interrupting(Camera):
+        def session(self, images):
+            session: Any = super().session(images)
+            answer = session.call
+
+            def call(asked):
+                if not interrupted.is_set():
+                    interrupted.set()
+                    signal.raise_signal(signal.SIGINT)
+                time.sleep(0.1)
+                return answer(asked)
+
+            session.call = call
+            return session
+
+    toolbox = Interrupting()
+    setting = Setting(chatty_policy(task, devices=2), toolbox, slots=8)
+    rollout = setting.rollout(task.prompts[:PROMPTS], step=0)
+    with pytest.raises((KeyboardInterrupt, IterationFailed)) as failed:
+        setting.fused()(setting.state(), rollout)
+    rollout.close()
+    assert isinstance(failed.value, KeyboardInterrupt) or isinstance(failed.value.__cause__, KeyboardInterrupt)
+    assert interrupted.is_set() and toolbox.open == 0
+    assert len(rollout.trajectories) < PROMPTS * SAMPLES
 
 
 def test_what_fails_on_the_host_comes_out_and_no_step_is_taken(task, policy):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from hdpo_jax.config import RolloutConfig
-from hdpo_jax.rollout.calls import CallPool
+from hdpo_jax.rollout.calls import CallPool, GivenUp
 from hdpo_jax.rollout.pages import PagePool
 from hdpo_jax.rollout.strands import Strand
 from models.qwen3_vl import EncodedImage
@@ -107,9 +107,27 @@ def test_a_call_that_never_answers_is_given_up_and_holds_up_nobody():
     deadline = time.monotonic() + 30
     while not after.done() and time.monotonic() < deadline:
         time.sleep(pool.expire() / 2)
-    assert isinstance(stuck.exception(), TimeoutError)
+    assert isinstance(stuck.exception(), GivenUp)
     assert after.result() == 5
-    pool.close(seconds=0.1)
+    pool.close(seconds=30)
+    assert not any(thread.is_alive() for thread in pool._threads)  # the one that is stuck is not waited for
+
+
+def test_a_cancelled_pool_begins_nothing():
+    pool, begun = CallPool(workers=1, seconds=60), threading.Event()
+    running, go_on = threading.Event(), threading.Event()
+
+    def first():
+        running.set()
+        return go_on.wait(60)
+
+    under_way, queued = pool.submit(first), pool.submit(begun.set)
+    assert running.wait(60)
+    pool.cancel()
+    late = pool.submit(begun.set)
+    go_on.set()
+    pool.close()
+    assert under_way.result() and queued.cancelled() and late.cancelled() and not begun.is_set()
 
 
 def test_what_a_call_raises_is_its_result_and_the_pool_goes_on():

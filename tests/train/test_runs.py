@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from hdpo_jax.evaluate.convert import export_hf
 from tests.processes import run_job
 from tests.small_signs import write_small_signs
 from tests.updates import assert_learned_the_same
@@ -85,7 +86,7 @@ def start(command: str, config: Path, largest_file: int = 0) -> subprocess.Popen
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     environment.pop("XLA_FLAGS", None)
     return subprocess.Popen(
-        [sys.executable, "-m", "hdpo_jax", command, str(config)],
+        [sys.executable, "-m", "tests.hdpo", command, str(config)],
         env=environment,
         cwd=ROOT,
         stdout=subprocess.PIPE,
@@ -136,16 +137,7 @@ def interrupt(process: subprocess.Popen, run: Path, how: signal.Signals) -> None
 
 
 def exported(run: Path) -> dict[str, np.ndarray]:
-    process = subprocess.run(
-        [sys.executable, "-m", "hdpo_jax", "export-hf", "--checkpoint", str(run), "--output", str(run / "hf")],
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr
+    export_hf(run, run / "hf")
     return load_file(run / "hf" / "model.safetensors")
 
 
@@ -189,7 +181,7 @@ def host_driven(task, tmp_path_factory) -> Outcome:
 def test_one_program_an_iteration_and_two_processes_are_the_same_run(task, tmp_path, host_driven, mode, processes):
     """What the sandbox answers, what is learned and what is logged are the same."""
     run, config = configure(task, tmp_path)
-    command = ["-m", "hdpo_jax", "train", str(config), "--rollout.mode", mode, "--mesh.data", str(processes)]
+    command = ["-m", "tests.hdpo", "train", str(config), "--rollout.mode", mode, "--mesh.data", str(processes)]
     for status, _, errors in run_job(command, processes=processes, seconds=600):
         assert status == 0, errors[-3000:]
     found = Outcome.of(run)
