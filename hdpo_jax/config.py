@@ -125,6 +125,7 @@ class RolloutConfig:
     gather_seconds: float = 0.05
     """How long the host waits for tools while less than half the slots can decode, before it decodes without them."""
     shapes: tuple[tuple[int, int, int], ...] = (
+        (1, 256, 0),
         (8, 256, 0),
         (8, 1_024, 0),
         (2, 1_024, 4_096),

@@ -213,8 +213,8 @@ def fill_rows(
     return PackedRows(*arrays)
 
 
-def padding_share(rows: PackedRows) -> float:
-    """Share of the tokens in rows in use that are padding."""
+def padding_share(rows: PackedRows, micro_batches: Int[np.ndarray, " mini"]) -> float:
+    """Share of padding in the tokens that are computed: all rows of the micro-batches in use, [mini, micro, …]."""
     held = np.asarray(rows.segment_ids) > 0
-    used = held.any(axis=-1)
-    return float(1.0 - held[used].mean()) if used.any() else 0.0
+    computed = np.arange(held.shape[1]) < np.asarray(micro_batches)[:, None]
+    return float(1.0 - held[computed].mean()) if computed.any() else 0.0

@@ -23,7 +23,7 @@ from hdpo_jax.rollout.sampler import Sampler
 from hdpo_jax.rollout.stats import RolloutStats
 from hdpo_jax.train.batching import RowBatcher
 from hdpo_jax.train.policy import Policy
-from hdpo_jax.types import PackedRows, Prompt, Trajectory
+from hdpo_jax.types import Prompt, Trajectory
 from sharding.multihost import agree, together
 from sharding.rules import shard_batch
 
@@ -93,7 +93,7 @@ def make_iteration(
             "time/pack": packed - sampled,
             "time/update": time.perf_counter() - packed,
         }
-        metrics |= {"rows/padding": _padding(batch.rows), **times}
+        metrics |= {"rows/padding": _padding(batch), **times}
         return Iteration(
             state=state, trajectories=trajectories, verdicts=verdicts, stats=rollout.stats, metrics=metrics
         )
@@ -106,7 +106,7 @@ def make_iteration(
     def judge_within(trajectories: Sequence[Trajectory]) -> UpdateBatch:
         judged["verdicts"] = [score_trajectory(trajectory) for trajectory in trajectories]
         batch = assemble(trajectories, judged["verdicts"], pack, mini_batches)
-        judged["rows"] = batch.rows
+        judged["batch"] = batch
         return batch
 
     program = make_iterate(
@@ -128,7 +128,7 @@ def make_iteration(
         finally:
             rollout.close()
         sampler.remember(rollout)
-        metrics = jax.device_get(dict(metrics)) | {"rows/padding": _padding(judged.pop("rows"))}
+        metrics = jax.device_get(dict(metrics)) | {"rows/padding": _padding(judged.pop("batch"))}
         return Iteration(
             state=state,
             trajectories=rollout.trajectories,
@@ -193,8 +193,9 @@ def joined(batch: UpdateBatch) -> UpdateBatch:
     return UpdateBatch(rows, micro_batches, *(in_order(each, len(micro_batches)) for each in everyone))
 
 
-def _padding(rows: PackedRows) -> float:
-    return float(agree(np.asarray(padding_share(rows))).mean())
+def _padding(batch: UpdateBatch) -> float:
+    share = padding_share(batch.rows, np.asarray(batch.micro_batches))
+    return float(agree(np.asarray(share)).mean())
 
 
 def empty_batch(pack: RowBatcher, mini_batches: int, prompts: int, samples: int) -> UpdateBatch:

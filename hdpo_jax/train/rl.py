@@ -111,6 +111,8 @@ def rollout_metrics(results: Sequence[Result], stats: RolloutStats) -> dict[str,
         if name not in ("accuracy", "tool_rate", "calls_per_rollout")
     }
     count = max(len(kept), 1)
+    # One program tells nobody when it goes from one part to the next.
+    timed = {"time/extend": stats.extend_seconds, "time/decode": stats.decode_seconds} if stats.decode_seconds else {}
     return {
         "reward/accuracy": sum(one.accuracy for one in kept) / count,
         "reward/tool": sum(one.tool for one in kept) / count,
@@ -127,7 +129,6 @@ def rollout_metrics(results: Sequence[Result], stats: RolloutStats) -> dict[str,
         "engine/computed_tokens": stats.computed_tokens,
         "engine/evictions": stats.evictions,
         "engine/peak_pages": stats.peak_pages,
-        "time/extend": stats.extend_seconds,
-        "time/decode": stats.decode_seconds,
         "time/tools_waited": stats.wait_seconds,
+        **timed,
     }

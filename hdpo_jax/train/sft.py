@@ -72,7 +72,7 @@ def train_sft(config: SFTConfig, *, title: str = "sft") -> RunResult:
         state: TrainState, conversations: Sequence[Conversation], number: int
     ) -> tuple[TrainState, Mapping[str, Any]]:
         rows, micro_batches = pack([[encode(conversation) for conversation in conversations]])
-        padding = padding_share(rows)
+        padding = padding_share(rows, micro_batches)
         used: Any = np.int32(micro_batches[0])
         rows = shard_batch(jax.tree.map(lambda leaf: leaf[0], rows), policy.mesh, axis=1)
         batch = SupervisedBatch(rows, used)

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 
 from tests.bench.child import Child, median_ratio, take_turns
-from tests.bench.rollout_sizes import FIXED, GROUP, MIXED, TOOL_SECONDS, WAITING
+from tests.bench.rollout_sizes import FIXED, GROUP, GROUP_PAGE, MIXED, TOOL_SECONDS, WAITING
 from tests.bench.table import Row, markdown
 
 
@@ -103,14 +103,21 @@ def main(rounds: int) -> int:
             ">= 12x",
         ),
         Row(
-            "key-value cache for them (unshared)",
+            f"key-value cache that holds them and {GROUP.new_tokens} tokens each, pages of {GROUP_PAGE} (unshared)",
             group["bytes"] / 1e6,
             group["unshared_bytes"] / 1e6,
             group["unshared_bytes"] / group["bytes"],
             ">= 12x",
             unit="MB",
         ),
-        Row(f"the host between two chunks of {FIXED.rows} slots", 1e3 * chunk, unit="ms"),
+        Row(
+            "a decode step of them (unshared)",
+            1e3 * group["step"],
+            1e3 * group["unshared_step"],
+            group["unshared_step"] / group["step"],
+            unit="ms",
+        ),
+        Row(f"the host a chunk of {FIXED.rows} slots: planning, starting the program", 1e3 * chunk, unit="ms"),
         Row(
             f"decode capacity used, {WAITING.rows} slots, {WAITING.prompts * WAITING.samples} rollouts, tools of "
             f"{TOOL_SECONDS:g} s: while rollouts wait for a slot",
@@ -119,6 +126,7 @@ def main(rounds: int) -> int:
             unit="%",
         ),
         Row("the same to the end of the last rollout", 100 * waiting["whole"], unit="%"),
+        Row("time in which the device computes, while rollouts wait for a slot", 100 * waiting["busy"], unit="%"),
     ]
     print(markdown(rows))
     return 0

@@ -19,6 +19,7 @@ from tests.bench.chat_model import make_prompts, write_chat_model
 from tests.bench.rollout_sizes import (
     FIXED,
     GROUP,
+    GROUP_PAGE,
     MAX_CALLS,
     MIXED,
     OBSERVATION,
@@ -125,33 +126,53 @@ def mixed(directory: str) -> dict[str, Any]:
 
 
 def group_of_one_prompt(directory: str) -> dict[str, float]:
-    """Prompt tokens computed, and the cache's bytes, for a group; and for as many prompts of one rollout each."""
-    config = replace(rollout_config(GROUP), page=32, shapes=((1, 2_048, GROUP.patches),))
-    ours, asked = sampler(directory, GROUP, config, False), prompts(directory, GROUP)
-    loaded = policy(directory, False)
-    text = loaded.model.config.text
-    a_page = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * config.page * 4
+    """For a group, and for as many prompts of one rollout each: prompt tokens computed, bytes of the smallest cache
+    in which nothing is evicted, and seconds of a decode step."""
+    config = replace(rollout_config(GROUP), page=GROUP_PAGE, shapes=((1, 2_048, GROUP.patches),))
+    asked, params = prompts(directory, GROUP), policy(directory, False).params
     found = {}
     for name, batch, samples in (("", asked, GROUP.samples), ("unshared_", asked * GROUP.samples, 1)):
-        ours.sample(loaded.params, batch, samples=samples, step=0)
+        roomy = sampler(directory, GROUP, config, False)
+        roomy.sample(params, batch, samples=samples, step=0)
+        ours = sampler(directory, GROUP, replace(config, pages=roomy.stats.peak_pages), False)
+        for _ in range(2):  # the second time: nothing is new to the machine
+            ours.sample(params, batch, samples=samples, step=0)
+        assert not ours.stats.evictions
         found[f"{name}tokens"] = ours.stats.computed_tokens
-        found[f"{name}bytes"] = ours.stats.peak_pages * a_page
+        found[f"{name}bytes"] = sum(array.nbytes for array in ours.programs.empty_cache())
+        found[f"{name}step"] = ours.stats.decode_seconds / ours.stats.decode_steps
     return found
 
 
 def chunk_overhead(directory: str) -> float:
-    """Seconds that the host takes between two chunks, with every slot running: what is not waited for a program."""
+    """Seconds that the host takes for a chunk, with every slot running: planning it, and starting its program."""
+    ours = sampler(directory, FIXED, replace(rollout_config(FIXED), chunk=1), False)
+    programs, launched = ours.programs, 0.0
+
+    def decode(*arguments: Any) -> Any:
+        nonlocal launched
+        started = time.perf_counter()
+        report = programs.decode(*arguments)
+        launched += time.perf_counter() - started
+        return report
+
+    ours.programs = replace(programs, decode=decode)
     found = run(directory, FIXED, chunk=1)
-    return (found["seconds"] - found["prefill_seconds"] - found["decode_seconds"]) / found["chunks"]
+    ours.programs = programs
+    planned = found["seconds"] - found["prefill_seconds"] - found["decode_seconds"]
+    return (planned + launched) / found["chunks"]
 
 
 def many_waiting(directory: str) -> dict[str, float]:
-    """Share of the decode capacity that is used: as long as there are as many rollouts as slots, and to the end."""
+    """Share of the decode steps' slots that are used, as long as there are as many rollouts as slots, and to the end;
+    and the share of the time until then in which slots decode or something is computed for them."""
     ours = sampler(directory, WAITING, rollout_config(WAITING), True)
-    counted: list[tuple[int, int]] = []
+    counted: list[tuple[int, int, float, float]] = []
+    started = time.perf_counter()
 
     def count(_: Trajectory) -> None:
-        counted.append((ours.stats.sampled_tokens, ours.stats.slot_steps))
+        now, stats = time.perf_counter() - started, ours.stats
+        counted.append((stats.sampled_tokens, stats.slot_steps, stats.decode_seconds + stats.extend_seconds, now))
 
     ours.sample(
         policy(directory, True).params,
@@ -160,5 +181,5 @@ def many_waiting(directory: str) -> dict[str, float]:
         step=0,
         on_finished=count,
     )
-    tokens, steps = counted[-WAITING.rows - 1]
-    return {"while_waiting": tokens / steps, "whole": ours.stats.occupancy}
+    tokens, steps, busy, seconds = counted[-WAITING.rows - 1]
+    return {"while_waiting": tokens / steps, "busy": busy / seconds, "whole": ours.stats.occupancy}

@@ -31,7 +31,9 @@ FIXED = Sizes(prompts=8, samples=4, prompt_tokens=256, new_tokens=128, rows=32)
 MIXED = Sizes(prompts=8, samples=8, prompt_tokens=256, new_tokens=256, rows=16)
 """A turn ends by itself, half of them in a tool call."""
 WAITING = Sizes(prompts=8, samples=8, prompt_tokens=128, new_tokens=384, rows=16)
-GROUP = Sizes(prompts=1, samples=16, prompt_tokens=2_008, new_tokens=1, rows=16, image_side=1_024)
+GROUP = Sizes(prompts=1, samples=16, prompt_tokens=2_008, new_tokens=8, rows=16, image_side=1_024)
+GROUP_PAGE = 32
+"""Tokens: what a rollout has for itself is a page in part."""
 TURN_TOKENS = 50
 """Mean of a turn that ends by itself."""
 TOOL_SECONDS = 1.0

@@ -33,7 +33,7 @@ class Trainer:
         rows, micro_batches = RowBatcher(train, model.config)(
             [groups[at : at + each] for at in range(0, len(groups), each)]
         )
-        self.padding = padding_share(rows)
+        self.padding = padding_share(rows, micro_batches)
         self.positions = int(micro_batches.sum()) * train.micro_batch_rows * train.row_tokens
         usable = np.ones(work.accuracy.shape, bool)
         calls, correct = 1 - work.tool, work.accuracy > 0.5

@@ -61,7 +61,7 @@ class Unreliable(Camera):
 def test_tools_that_raise_hang_and_answer_nonsense_neither_kill_nor_hang_the_program(task, policy):
     agent = replace(AGENT, call_seconds=0.3, max_calls=5, max_response_tokens=400, max_observation_tokens=100)
     train = replace(TRAIN, row_tokens=2_000)
-    settings = {"agent": agent, "train": train, "slots": 8, "capacity": 480, "page": 32}
+    settings = {"agent": agent, "train": train, "slots": 8, "capacity": 480, "page": 32, "shapes": ((8, 64, 64),)}
     trajectories = []
     for way in (host_driven, fused):
         _, found, _ = way(Setting(policy, Unreliable(), **settings), task.prompts[:PROMPTS], steps=1)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,10 +72,14 @@ class Task:
 
 
 @pytest.fixture(scope="module")
-def task(tmp_path_factory) -> Task:
+def task(tmp_path_factory) -> Iterator[Task]:
     directory = tmp_path_factory.mktemp("signs")
     files = write_small_signs(directory, conversations=40, boards=24)
-    return Task(directory / "model", files.cold_start[0], files.train)
+    with pytest.MonkeyPatch.context() as environment:
+        # Runs are started again and again: what one has compiled is there for the next.
+        environment.setenv("JAX_COMPILATION_CACHE_DIR", str(directory / "compiled"))
+        environment.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+        yield Task(directory / "model", files.cold_start[0], files.train)
 
 
 def start(command: str, config: Path, largest_file: int = 0) -> subprocess.Popen:
