@@ -397,12 +397,12 @@ def test_a_stop_may_be_several_tokens(task, policy, monkeypatch):
 
 
 def test_a_spent_budget_ends_the_turn_unsampled_if_it_is_to(task, policy, reference):
-    agent, end = replace(AGENT, max_response_tokens=4, max_calls=0), policy.processor.stop_ids[0]
-    free = sample(policy, task.prompts, agent=agent)
-    ended = sample(policy, task.prompts, agent=agent, rollout=replace(ROLLOUT, force_end=True))
+    agent, end = replace(AGENT, max_response_tokens=2, max_calls=0), policy.processor.stop_ids[0]
+    free = sample(policy, task.prompts, samples=8, agent=agent)
+    ended = sample(policy, task.prompts, samples=8, agent=agent, rollout=replace(ROLLOUT, force_end=True))
     assert [one.stop for one in ended] == [one.stop for one in free]
     # One that ends its turn with its last token, by itself, has not run out of its budget.
-    last = [one for one in free if one.token_ids[-1] == end and one.sampled.sum() == 4]
+    last = [one for one in free if one.token_ids[-1] == end and one.sampled.sum() == 2]
     assert last and all(one.stop is StopReason.END_OF_TURN for one in last)
     forced = 0
     for ours, theirs in zip(ended, free, strict=True):
