@@ -52,7 +52,7 @@ def token_logprobs_and_entropy(
     shape = targets.shape
     length, embed = hidden.shape[-2:]
     hidden, targets = hidden.reshape(-1, length, embed), targets.reshape(-1, length)
-    wanted = jnp.ones(targets.shape, bool) if wanted is None else wanted.reshape(-1, length)
+    wanted = jnp.broadcast_to(True, targets.shape) if wanted is None else wanted.reshape(-1, length)
     # A block takes some tokens of every row, so that rows stay on the devices that hold them; those wanted come first.
     span = min(length, max(1, block * _batch_shards() // len(targets)))
     order = jnp.argsort(~wanted, axis=-1)

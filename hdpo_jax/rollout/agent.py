@@ -100,6 +100,7 @@ class Rollout:
 
     def next(self, chunk: Chunk | None) -> Round | None:
         """What to run now, after `chunk` (None: nothing was decoded); None when every trajectory has ended."""
+        self._check_cancelled()
         if chunk is not None:
             self.stats.count(chunk)
             for sampled in self._scheduler.take(chunk):
@@ -261,8 +262,7 @@ class Rollout:
         self.stats.wait_seconds += time.perf_counter() - started
 
     def _collect_answers(self) -> None:
-        if self._cancelled.done():
-            self._cancelled.result()
+        self._check_cancelled()
         for future in [future for future in self._calls if future.done()]:
             live = self._calls.pop(future)
             answer = self._answer_of(live, future)
@@ -272,6 +272,10 @@ class Rollout:
                 self._finish(live, StopReason.TOKEN_BUDGET)
             else:
                 self._observe(live, answer)
+
+    def _check_cancelled(self) -> None:
+        if self._cancelled.done():
+            self._cancelled.result()
 
     def _observe(self, live: Live, answer: _Answer) -> None:
         live.turns.append(answer.turn)

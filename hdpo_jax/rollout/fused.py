@@ -157,11 +157,13 @@ class FusedIteration:
         """
         self._host.begin(rollout)
         with jax.set_mesh(self._mesh):
-            done = self._program(state)
+            done = None
             try:
+                done = self._program(state)
                 state, metrics, sound = jax.block_until_ready(done)
             except BaseException:  # Ctrl-C: the program goes on asking, so it has to hear of it before this can end
                 rollout.cancel()
+                self._host.settle()
                 jax.block_until_ready(done)
                 raise
         if not sound:
@@ -206,6 +208,11 @@ class _Host:
         self._number = -1
         self._batch: UpdateBatch | None = None
         self.error = None
+
+    def settle(self) -> None:
+        """Waits until what the program has asked for is answered."""
+        with self._lock:
+            pass
 
     def orders(self, lane: Any, number: Any, decoded: Any, report: Any) -> Orders:
         with self._lock:

@@ -53,6 +53,8 @@ class Strand:
     pages: list[int] = field(default_factory=list)
     cached: int = 0
     """Tokens in the cache."""
+    _spans: list[tuple[int, int, int]] | None = None
+    """Found once for every piece, until images are appended."""
 
     @classmethod
     def of(cls, question: Question) -> "Strand":
@@ -90,6 +92,7 @@ class Strand:
         grids = [image.grid for image in self.images]
         self.positions, _ = mrope_positions(np.asarray(self.token_ids), grids, config)
         self.turn_start = self.length
+        self._spans = None
 
     def forget(self) -> None:
         """Nothing of it is in the cache any more."""
@@ -131,15 +134,15 @@ class Strand:
 
     def _image_spans(self, config: Qwen3VLConfig) -> list[tuple[int, int, int]]:
         """First and last placeholder (exclusive) of each image, and its patches."""
-        if not self.images:
-            return []
-        places = np.flatnonzero(np.asarray(self.token_ids) == config.image_token_id)
-        ends = np.cumsum([image.tokens(config) for image in self.images])
-        begins = ends - [image.tokens(config) for image in self.images]
-        return [
-            (int(places[first]), int(places[last - 1]) + 1, len(image.patches))
-            for first, last, image in zip(begins, ends, self.images, strict=True)
-        ]
+        if self._spans is None:
+            places = np.flatnonzero(np.asarray(self.token_ids) == config.image_token_id) if self.images else []
+            ends = np.cumsum([image.tokens(config) for image in self.images], dtype=int)
+            begins = ends - [image.tokens(config) for image in self.images]
+            self._spans = [
+                (int(places[first]), int(places[last - 1]) + 1, len(image.patches))
+                for first, last, image in zip(begins, ends, self.images, strict=True)
+            ]
+        return self._spans
 
 
 def _reach(begin: int, end: int, spans: list[tuple[int, int, int]], patches: int) -> int:

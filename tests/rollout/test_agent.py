@@ -119,6 +119,19 @@ def test_a_group_computes_its_prompt_once(task, policy):
     assert ours.stats.computed_tokens == found[0].prompt_length - 1 + observed
 
 
+def test_prompts_whose_rollouts_were_long_start_first(task, policy):
+    """A prompt that was not there before counts as the mean of those that were."""
+    ours = sampler(policy)
+    known = task.prompts[:5]
+    lengths = {prompt.id: [] for prompt in known}
+    for one in ours.sample(policy.params, known, samples=2, step=5):
+        lengths[one.prompt.id].append(one.sampled.sum())
+    means = [np.mean(lengths[prompt.id]) for prompt in known]
+    assert len(set(means)) > 2
+    expected = np.argsort(-np.array([*means, np.mean(means)]), kind="stable")
+    assert ours._order(task.prompts[:6]) == expected.tolist()
+
+
 def test_tool_latency_does_not_change_a_trajectory(task, policy, reference):
     assert_same(sample(policy, task.prompts[:5], toolbox=Camera(latency=0.05)), reference)
 

@@ -84,21 +84,19 @@ def task(tmp_path_factory) -> Iterator[Task]:
 
 def start(command: str, config: Path, largest_file: int = 0) -> subprocess.Popen:
     """`hdpo COMMAND CONFIG`. The system lets it write no file of more than `largest_file` bytes (0: of any size)."""
-
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     environment.pop("XLA_FLAGS", None)
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-m", "tests.hdpo", command, str(config)],
         env=environment,
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        preexec_fn=limit if largest_file else None,
     )
+    if largest_file:
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    return process
 
 
 def finish(process: subprocess.Popen) -> str:
