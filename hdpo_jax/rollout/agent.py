@@ -137,8 +137,8 @@ class Rollout:
     # Prompts
 
     def _start(self) -> None:
-        """Opens groups while slots are free that nothing is on its way to."""
-        while self._prompts and self._scheduler.wanted > 0 and len(self._live) < self._in_flight:
+        """Opens groups while more may be under way."""
+        while self._prompts and len(self._live) < self._in_flight:
             place, question = self._prompts.pop()
             group = self._numbers[place]
             prompt = Strand.of(question)

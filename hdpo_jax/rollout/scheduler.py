@@ -83,6 +83,11 @@ class _Lane:
         return len(self.ready) + len(self.missing) + sum(len(family.members) for family in self.families)
 
     @property
+    def complete(self) -> int:
+        """Trajectories that need nothing but a slot."""
+        return len(self.ready) + sum(len(family.members) for family in self.families if family.prompt.complete)
+
+    @property
     def wanted(self) -> int:
         """Slots that nothing is on its way to; less than 0: trajectories that wait for one."""
         return len(self.free) - self.coming
@@ -114,11 +119,6 @@ class Scheduler:
         self.stats = RolloutStats()
 
     # What the agent says
-
-    @property
-    def wanted(self) -> int:
-        """How many trajectories more would find a slot now."""
-        return max(lane.wanted for lane in self._lanes)
 
     @property
     def running(self) -> int:
@@ -216,7 +216,7 @@ class Scheduler:
                 if len(batch) < self._most_rows(piece.shape) and self._make_room(lane, strand, piece, planned):
                     batch.append((strand, piece))
                     planned.add(strand)
-        hungry = any(len(lane.free) > len(lane.ready) for lane in self._lanes)
+        hungry = any(len(lane.free) > lane.complete for lane in self._lanes)
         extensions: list[Extension | None] = [None for _ in batches]
         for first, batch in enumerate(batches):
             rows = max(map(len, batch))
@@ -280,8 +280,8 @@ class Scheduler:
         copies = self._empty_copies()
         for number, lane in enumerate(self._lanes):
             pairs: list[tuple[int, int]] = []
-            while lane.free and (lane.ready or self._fork(lane, pairs)):
-                lane.running[lane.free.pop()] = lane.ready.popleft()
+            while lane.free and (strand := self._fork(lane, pairs) or (lane.ready.popleft() if lane.ready else None)):
+                lane.running[lane.free.pop()] = strand
             for place, pair in enumerate(pairs):
                 copies.source[number, place], copies.target[number, place] = pair
                 copied = True
@@ -291,15 +291,17 @@ class Scheduler:
         arrays: Any = np.zeros((2, len(self._lanes), self._slots), np.int32)
         return Copies(*arrays)
 
-    def _fork(self, lane: _Lane, pairs: list[tuple[int, int]]) -> bool:
-        """Makes the next trajectory of a computed prompt ready, where there is one; adds the page to copy to `pairs`.
+    def _fork(self, lane: _Lane, pairs: list[tuple[int, int]]) -> Strand | None:
+        """The next trajectory of a computed prompt, where there is one; adds the page to copy to `pairs`.
+
+        It goes before those that have been in a slot already: what begins late may still be long, and ends alone.
 
         Full pages are shared, the last one is copied if it is in part the trajectory's. The last trajectory takes over
         the prompt's own pages.
         """
         family = next((family for family in lane.families if family.prompt.complete), None)
         if family is None:
-            return False
+            return None
         prompt, strand = family.prompt, family.members[0]
         full = prompt.cached // self._config.page
         if len(family.members) == 1:
@@ -307,17 +309,15 @@ class Scheduler:
             lane.families.remove(family)
         else:
             own = lane.pool.take(len(prompt.pages) - full)
-            if own is None and not lane.running and self._evict(lane, sparing=prompt):
+            if own is None and not lane.running and not lane.ready and self._evict(lane, sparing=prompt):
                 return self._fork(lane, pairs)
             if own is None:
-                return False
+                return None
             pairs += zip(prompt.pages[full:], own, strict=True)
             lane.pool.share(prompt.pages[:full])
             strand.pages = prompt.pages[:full] + own
         strand.cached = prompt.cached
-        family.members.popleft()
-        lane.ready.append(strand)
-        return True
+        return family.members.popleft()
 
     def _running(self) -> Running | None:
         for lane in self._lanes:
