@@ -118,14 +118,15 @@ class Rollout:
         return sorted(self._finished, key=lambda trajectory: (trajectory.group, trajectory.sample))
 
     def cancel(self) -> None:
-        """From another thread: the rollout is given up, and `next` raises CancelledError, also where it waits."""
+        """From any thread: the rollout is given up, and `next` raises CancelledError, also where it waits."""
         if not self._cancelled.done():
             self._cancelled.set_exception(CancelledError("the rollout was cancelled"))
 
     def close(self) -> None:
         """Ends the pools, and the sessions that an interrupted run still holds, in the midst of a call or not."""
         self._pool.cancel()
-        enders = [threading.Thread(target=self._end_session, args=(live,), daemon=True) for live in self._live.values()]
+        held = [live.session for live in self._live.values() if live.session]
+        enders = [threading.Thread(target=_close, args=(session,), daemon=True) for session in held]
         for ender in enders:
             ender.start()
         until = time.monotonic() + PATIENCE
@@ -154,8 +155,7 @@ class Rollout:
 
     def _take(self, sampled: Sampled) -> None:
         live = self._live[sampled.strand]
-        live.add_sampled(sampled.logprobs, sampled.sampled_logprobs)
-        live.sampled[-1] &= not sampled.forced
+        live.add_sampled(sampled)
         if sampled.ended:
             self._end_turn(live)
 

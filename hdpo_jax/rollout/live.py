@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from hdpo_jax.rollout.prompts import Question
+from hdpo_jax.rollout.scheduler import Sampled
 from hdpo_jax.rollout.strands import Strand
 from hdpo_jax.tools.toolbox import Session
 from hdpo_jax.types import StopReason, Trajectory, Turn
@@ -38,10 +39,12 @@ class Live:
             sampled_logprobs=nothing,
         )
 
-    def add_sampled(self, logprobs: list[float], sampled_logprobs: list[float]) -> None:
-        self.logprobs += logprobs
-        self.sampled_logprobs += sampled_logprobs
-        self.sampled += [True] * len(logprobs)
+    def add_sampled(self, new: Sampled) -> None:
+        """What its slot sampled; a last token that was forced was not."""
+        self.logprobs += new.logprobs
+        self.sampled_logprobs += new.sampled_logprobs
+        self.sampled += [True] * len(new.tokens)
+        self.sampled[-1] &= not new.forced
 
     def add_given(self, tokens: int) -> None:
         """Tokens that were not sampled."""

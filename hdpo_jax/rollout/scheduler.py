@@ -98,6 +98,10 @@ class _Lane:
         del self.running[slot]
         self.free.append(slot)
 
+    def queue(self, strand: Strand) -> None:
+        """A trajectory waits for a slot, or for what it misses."""
+        (self.ready if strand.complete else self.missing).append(strand)
+
     def drop_pages(self, strand: Strand) -> None:
         self.pool.drop(strand.pages)
         strand.forget()
@@ -151,7 +155,7 @@ class Scheduler:
         """A paused strand goes on, with what was appended to it."""
         lane = self._lane_of[strand]
         del lane.paused[strand]
-        (lane.ready if strand.complete else lane.missing).append(strand)
+        lane.queue(strand)
 
     def close(self, strand: Strand) -> None:
         """A strand that has stopped, or that is paused, is done with: slot and pages are free."""
@@ -387,8 +391,8 @@ class Scheduler:
             elif went_on:
                 lane.leave(strand)
             lane.drop_pages(strand)
-            if went_on:  # without a page, a trajectory of a single token has all that it needs
-                (lane.ready if strand.complete else lane.missing).append(strand)
+            if went_on:  # ready again at once if it is of a single token, which needs no page
+                lane.queue(strand)
             self.stats.evictions += 1
             return True
         return False

@@ -162,7 +162,7 @@ def _look(
 ) -> _Sums:
     """Sums over the first `tokens` tokens of the rows' pages, of which no row has more than `most_tokens`."""
     rows, length, kv_heads, group, size = queries.shape
-    many, page = length > 1, lane.keys.shape[-1]
+    many, page = length > 1, lane.page
     block = max(1, min(table.shape[1], BLOCK_TOKENS // page)) if many else 1
     table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % block)))
     # One query a row: a sum, which is fused with what reads the pages; a product of so few rows would copy them first.

@@ -134,6 +134,6 @@ def pass_costs(policy: Policy, config: RolloutConfig) -> dict[int, float]:
         for tokens in widths:
             ids = np.zeros((config.slots, tokens), np.int32)
             started = time.perf_counter()
-            cache, found = jax.block_until_ready(run(policy.params, cache, ids))
+            cache, _ = jax.block_until_ready(run(policy.params, cache, ids))
             seconds[tokens].append(time.perf_counter() - started)
     return {tokens: median(found[2:]) for tokens, found in seconds.items()}

@@ -19,7 +19,7 @@ from hdpo_jax.train.optimizer import make_optimizer
 from models.qwen3_vl import load_hf
 from models.qwen3_vl.layers import Remat
 from tests.bench.trajectories import families
-from tests.bench.workload import Sizes, draw
+from tests.bench.workload import FIRST_SPECIAL, Sizes, draw
 
 
 class Trainer:
@@ -41,7 +41,8 @@ class Trainer:
         self._batch = jax.device_put(UpdateBatch(*arrays))
         graphdef, params = nnx.split(model)
         optimizer = make_optimizer(OptimizerConfig(), 1, params)
-        self._update = make_update(graphdef, optimizer, AlgorithmConfig(), temperature=1.0)
+        forbidden = np.arange(model.config.text.vocab_size) >= FIRST_SPECIAL
+        self._update = make_update(graphdef, optimizer, AlgorithmConfig(), temperature=1.0, forbidden=forbidden)
         self._state = init_state(params, optimizer)
 
     def step(self) -> Mapping[str, Any]:

@@ -13,7 +13,7 @@ import torch
 import transformers
 from torch.nn import functional
 
-from tests.bench.workload import IMAGE, Rollout, Sizes, Workload, draw
+from tests.bench.workload import FIRST_SPECIAL, IMAGE, Rollout, Sizes, Workload, draw
 
 CLIP, DUAL_CLIP, W_TOOL = 0.2, 3.0, 0.15
 
@@ -76,7 +76,9 @@ class Trainer:
 
     def _log_probs(self, micro: MicroBatch) -> torch.Tensor:
         hidden = self._model.model(**micro.inputs).last_hidden_state[micro.sampled]
-        return -functional.cross_entropy(self._model.lm_head(hidden), micro.targets, reduction="none")
+        logits = self._model.lm_head(hidden)
+        logits[:, FIRST_SPECIAL:] = -torch.inf
+        return -functional.cross_entropy(logits, micro.targets, reduction="none")
 
 
 def surrogate(ratio: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:

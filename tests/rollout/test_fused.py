@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 
 from hdpo_jax.rollout.fused import IterationFailed
-from hdpo_jax.types import Observation
 from tests.rollout.chatty import AGENT, chatty_policy
 from tests.rollout.iterations import PROMPTS, TRAIN, Setting, fused, host_driven
-from tests.rollout.test_agent import NONSENSE, Camera, assert_same, fail, hang
+from tests.rollout.test_agent import Camera, assert_same, fail, hang, nonsense
 from tests.updates import assert_learned_the_same
 
 
@@ -39,10 +38,6 @@ def test_one_program_is_the_host_driven_iteration(task, reference, devices):
         np.testing.assert_allclose(metrics[name], value, atol=1e-4, err_msg=name)
 
 
-def nonsense(call):
-    return Observation(text="look", images=NONSENSE)
-
-
 class Unreliable(Camera):
     """Raises, answers nonsense, answers and hangs, in turn."""
 
@@ -51,8 +46,7 @@ class Unreliable(Camera):
         answer, turn = session.call, itertools.count()
 
         def call(asked):
-            number = next(turn) % 4
-            return (fail, nonsense, answer, hang)[number](asked)
+            return (fail, nonsense, answer, hang)[next(turn) % 4](asked)
 
         session.call = call
         return session
