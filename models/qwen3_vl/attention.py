@@ -61,9 +61,13 @@ def attention(
     # gradients, as products over five named dimensions.
     rows = grouped.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, size)
     scores = jnp.einsum("bkqd,bksd->bkqs", rows, keys.astype(rows.dtype), preferred_element_type=jnp.float32)
-    scores = jnp.where(mask, scores.reshape(batch, kv_heads, -1, length, tokens), HIDDEN)
-    shares = jax.nn.softmax(scores, axis=-1).astype(rows.dtype).reshape(batch, kv_heads, -1, tokens)
-    attended = jnp.einsum("bkqs,bksd->bkqd", shares, values.astype(rows.dtype))
+    scores = scores.reshape(batch, kv_heads, -1, length, tokens) + jnp.where(mask, 0, HIDDEN)
+    scores = scores.reshape(batch, kv_heads, -1, tokens)
+    # The sum is divided by at the end: then the gradient needs no sum over keys, only one over `size`.
+    shares = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    total = shares.sum(axis=-1, keepdims=True)
+    attended = jnp.einsum("bkqs,bksd->bkqd", shares.astype(rows.dtype), values.astype(rows.dtype))
+    attended = (attended / total).astype(rows.dtype)
     return attended.reshape(batch, heads, length, size).swapaxes(1, 2)
 
 
