@@ -1,6 +1,7 @@
 """The command line, `hdpo`. Help does not wait for JAX, and an error is one readable line."""
 
 import logging
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -33,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in given
     # What a run has to say on the way goes between its progress lines, in the same plain words.
     logging.basicConfig(format="hdpo: %(message)s")
+    # That PyTorch is not there is no news: transformers only brings the tokenizers.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         return dispatch([argument for argument in given if argument != "--debug"])
     except KeyboardInterrupt:

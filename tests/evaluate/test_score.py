@@ -109,6 +109,7 @@ def test_command_scores_without_torch(tiny_model: Path, messages: Path, tmp_path
         command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300, check=False
     )
     assert outcome.returncode == 0, outcome.stderr[-2000:]
+    assert "PyTorch" not in outcome.stderr
     with np.load(tmp_path / "out.npz") as scores:
         assert scores["logprobs_3"].shape == scores["token_ids_3"].shape
 
