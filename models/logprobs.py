@@ -132,6 +132,7 @@ class _Blocks:
     def __init__(self, wanted: Bool[Array, "rows tokens"], span: int):
         self._wanted, self._span = wanted, span
         self._order = jnp.argsort(~wanted, axis=-1)
+        self._place = jnp.argsort(self._order, axis=-1)
         self._count = -(-wanted.sum(axis=-1).max() // span)
 
     def gather(self, values: Shaped[Array, "rows tokens ..."]) -> Shaped[Array, "rows padded ..."]:
@@ -140,7 +141,7 @@ class _Blocks:
 
     def scatter(self, values: Shaped[Array, "rows padded ..."]) -> Shaped[Array, "rows tokens ..."]:
         """Back to where they were; 0 where no token is wanted."""
-        values = _pick(values, jnp.argsort(self._order, axis=-1))
+        values = _pick(values, self._place)
         return jnp.where(self._wanted.reshape(*self._wanted.shape, *[1] * (values.ndim - 2)), values, 0)
 
     def loop(self, look: Callable[[Array, Any], Any], found: Any) -> Any:

@@ -66,8 +66,9 @@ def attention(
     # The sum is divided by at the end: then the gradient needs no sum over keys, only one over `size`.
     shares = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
     total = shares.sum(axis=-1, keepdims=True)
-    attended = jnp.einsum("bkqs,bksd->bkqd", shares.astype(rows.dtype), values.astype(rows.dtype))
-    attended = (attended / total).astype(rows.dtype)
+    shares, values = shares.astype(rows.dtype), values.astype(rows.dtype)
+    mixed = jnp.einsum("bkqs,bksd->bkqd", shares, values, preferred_element_type=jnp.float32)
+    attended = (mixed / total).astype(rows.dtype)
     return attended.reshape(batch, heads, length, size).swapaxes(1, 2)
 
 
