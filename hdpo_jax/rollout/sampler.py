@@ -59,17 +59,15 @@ class Sampler:
         self._config = rollout if self._alone else rollout.share(len(self.lanes.own), self.lanes.count)
         self._encode = encode or PromptEncoder(processor, rollout)
         self._stops = [*([stop] for stop in processor.stop_ids), *([processor.tool_call_end] if toolbox else [])]
-        graphdef, _ = nnx.split(model)
         self.programs: Programs = make_programs(
-            graphdef,
-            model.config,
+            model,
             rollout,
+            platform=mesh.devices.flat[0].platform,
             lanes=self.lanes.count,
             seed=seed,
             stops=self._stops,
             end_id=processor.stop_ids[0],
             forbidden=processor.forbidden,
-            dtype=model.dtype,
         )
         self._lengths: dict[str, float] = {}
         self.stats = RolloutStats()
@@ -149,13 +147,14 @@ class Sampler:
         """Compiles every program for every static shape, so that nothing compiles later."""
         with jax.set_mesh(self._mesh):
             cache, everything = self.programs.empty_cache(), self.empty_round
+            for_decoding = self.programs.lay_out(params)
             if not self._alone:
                 everything = Round.of([spread(program, self._mesh) for program in everything.programs])
             assert everything.running is not None
             # Twice: the cache that a program returns may be laid out in another way than the empty one.
             for _ in range(2):
                 cache = self._extend(params, cache, everything)
-                cache, _ = self.programs.decode(params, cache, everything.running)
+                cache, _ = self.programs.decode(for_decoding, cache, everything.running)
 
     def _scheduler(self) -> Scheduler:
         recent = max(map(len, self._stops)) - 1
@@ -168,6 +167,8 @@ class Sampler:
 
     def _run(self, params: nnx.State, rollout: Rollout, turn: AbstractContextManager) -> None:
         plan = self._plan(rollout)
+        with turn:
+            for_decoding = self.programs.lay_out(params)
         cache, chunk = self.programs.empty_cache(), None
         while (now := plan(chunk)) is not None:
             started = time.perf_counter()
@@ -178,7 +179,7 @@ class Sampler:
             if now.running is not None:
                 started = time.perf_counter()
                 with turn:
-                    cache, report = self.programs.decode(params, cache, now.running)
+                    cache, report = self.programs.decode(for_decoding, cache, now.running)
                 chunk = read_report(local_rows(report))
                 rollout.stats.decode_seconds += time.perf_counter() - started
 

@@ -10,7 +10,7 @@ from models.qwen3_vl.attention import Visibility
 from models.qwen3_vl.cache import KVCache, SharedPages
 from models.qwen3_vl.config import Qwen3VLConfig
 from models.qwen3_vl.images import PackedImages
-from models.qwen3_vl.layers import Precision, Remat
+from models.qwen3_vl.layers import Precision, Remat, by_columns
 from models.qwen3_vl.rope import text_rotation
 from models.qwen3_vl.text import Decoder
 from models.qwen3_vl.vision import VisionTower
@@ -42,6 +42,8 @@ class Qwen3VL(nnx.Module):
         self.vision = VisionTower(config.vision, precision=precision, rngs=rngs)
         self.decoder = Decoder(config, precision=precision, rngs=rngs)
         self.output = None if config.tie_word_embeddings else self._output_matrix(precision, rngs)
+        self.turned_head: nnx.Param | None = nnx.data(None)
+        """The output matrix as [vocab, embed], where the model stands as it decodes best (`for_decoding`)."""
 
     def __call__(
         self,
@@ -112,10 +114,15 @@ class Qwen3VL(nnx.Module):
     @property
     def head(self) -> Float[Array, "embed vocab"]:
         """The output matrix; with tied embeddings, the embedding table transposed."""
+        if self.turned_head is not None:
+            return self.turned_head[...].T
         return self.embedding[...].T if self.output is None else self.output[...]
 
     def logits(self, hidden: Float[Array, "... embed"]) -> Float[Array, "... vocab"]:
         """fp32 logits of hidden states."""
+        if self.turned_head is not None:
+            rows = hidden.reshape(-1, hidden.shape[-1])
+            return by_columns(rows, self.turned_head[...].astype(hidden.dtype)).reshape(*hidden.shape[:-1], -1)
         return jnp.matmul(hidden, self.head.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
     def _embed(

@@ -64,7 +64,10 @@ class Decoder(nnx.Module):
     def __init__(self, config: Qwen3VLConfig, *, precision: Precision, rngs: nnx.Rngs):
         self.config = config
         text = config.text
-        self.layers = stack(lambda rngs: TextLayer(text, precision=precision, rngs=rngs), text.num_hidden_layers, rngs)
+        self.layers: TextLayer | nnx.List[TextLayer] = stack(
+            lambda rngs: TextLayer(text, precision=precision, rngs=rngs), text.num_hidden_layers, rngs
+        )
+        """Stacked; apart where the model stands as it decodes best."""
         self.norm = RMSNorm(text.hidden_size, epsilon=text.rms_norm_eps, precision=precision)
 
     def __call__(

@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 
 from hdpo_jax.rollout.engine import Extension, Programs, Running, make_programs, read_report
 from hdpo_jax.rollout.prompts import PromptEncoder, Question
@@ -63,16 +62,16 @@ class Loop:
         self._encode = PromptEncoder(self._processor, config)
         self._stops = [*([stop] for stop in self._processor.stop_ids), self._processor.tool_call_end]
         self._programs: Programs = make_programs(
-            nnx.split(loaded.model)[0],
-            self._model,
+            loaded.model,
             config,
+            platform="cpu",
             lanes=1,
             seed=0,
             stops=self._stops,
             end_id=self._processor.stop_ids[0],
             forbidden=self._processor.forbidden,
-            dtype=loaded.model.dtype,
         )
+        self._for_decoding = self._programs.lay_out(self._params)
         self._table = unshared_table(MIXED.rows, 1)
 
     def start(self) -> list[Trajectory]:
@@ -88,7 +87,7 @@ class Loop:
         cache, steps, tools = self._programs.empty_cache(), 0, SlowTools()
         cache = self._programs.extend(self._params, cache, self._prompts_of(batch))
         while not all(one.done for one in batch):
-            cache, report = self._programs.decode(self._params, cache, self._running(batch))
+            cache, report = self._programs.decode(self._for_decoding, cache, self._running(batch))
             chunk = read_report(jax.device_get(report))
             steps += int(chunk.counts.max())
             asking = [one for row, one in enumerate(batch) if self._take(one, chunk.tokens[row, : chunk.counts[row]])]

@@ -12,6 +12,7 @@ from models.qwen3_vl import KVCache, Qwen3VLConfig, load_hf
 from models.qwen3_vl.attention import CAUSAL_BLOCK, Visibility, attention, causal_attention, paged_attention
 from models.qwen3_vl.cache import SharedPages, unshared_table
 from models.qwen3_vl.images import feature_indices, mrope_positions, pack_images
+from models.qwen3_vl.text import TextLayer
 from sharding import make_mesh, shard_batch
 from tests.models.oracles import IMAGE, VISION_START, Batch, Oracle, Row, batch, oracle, row
 
@@ -322,7 +323,9 @@ def test_eight_devices_are_one(pair):
     inputs = batch(pair.config, rows)
     expected = whole(*nnx.split(pair.model), inputs)
     model = load_hf(pair.directory, mesh, dtype=jnp.float32)
-    gate = model.decoder.layers.gate.kernel[...]
+    layers = model.decoder.layers
+    assert isinstance(layers, TextLayer)
+    gate = layers.gate.kernel[...]
     assert gate.sharding.shard_shape(gate.shape) == (3, 18, 26)  # layers, embed / fsdp, mlp / tensor
     graphdef, params = nnx.split(model)
     with jax.set_mesh(mesh):

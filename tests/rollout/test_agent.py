@@ -444,7 +444,7 @@ def test_programs_write_the_cache_in_place(policy):
         now = ours.empty_round
         compiled = [
             ours.programs.copy.lower(cache, now.copies).compile(),
-            ours.programs.decode.lower(policy.params, cache, now.running).compile(),
+            ours.programs.decode.lower(ours.programs.lay_out(policy.params), cache, now.running).compile(),
             *(ours.programs.extend.lower(policy.params, cache, extension).compile() for extension in now.extensions),
         ]
     size = sum(array.nbytes for array in cache)
