@@ -7,7 +7,7 @@ the update computes attention as one dense product, which rows of that length do
     hdpo train metis_8b --model.path COLD_STARTED_HF_DIR --data.path METIS_RL_PARQUET --mesh.tensor 4
 """
 
-from hdpo_jax.config import DataConfig, ModelConfig, RLConfig
+from hdpo_jax.config import DataConfig, ModelConfig, RLConfig, RolloutConfig
 
 
 def get_config() -> RLConfig:
@@ -15,4 +15,6 @@ def get_config() -> RLConfig:
         output="runs/metis_8b",
         model=ModelConfig(path="Metis-8B-ColdStart", dtype="bfloat16"),
         data=DataConfig(path="Metis-RL"),
+        # 64 responses and the 4 prompts they go on from, all at their longest: 43 % of 64 slots at their capacity.
+        rollout=RolloutConfig(pages=4 * 24_576 // 64 + 64 * (16_384 // 64 + 1)),
     )

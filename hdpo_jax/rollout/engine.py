@@ -1,8 +1,8 @@
 """Rollout programs: pure functions of a key-value cache, jitted, the cache donated from each to the next.
 
     extend    parts of prompts and observations (ids, images) -> their keys and values, in the pages of their rows
-    lay_out   the policy's parameters -> the same as `decode` reads them, once a rollout; only on a CPU is that a copy
     copy      pages -> pages: the last, half full page of a prompt, for each rollout that goes on from it
+    lay_out   the policy's parameters -> the same as `decode` reads them, once a batch of rollouts
     decode    up to N tokens in every running slot; leaves early when enough slots need the host
 
 Nothing but the cache stays on the device. What a slot is going on with (`Running`) is known to the host, small, and
@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hdpo_jax.config import RolloutConfig
 from hdpo_jax.rollout.sampling import sample
-from models.qwen3_vl import KVCache, PackedImages, Qwen3VL, SharedPages, for_decoding
+from models.qwen3_vl import KVCache, PackedImages, Qwen3VL, SharedPages, decoding_layout
 from sharding.rules import constrain
 
 
@@ -94,7 +94,7 @@ Report = Int[Array, "slots fields"]
 
 @dataclass(frozen=True)
 class Programs:
-    """The jitted programs, bound to one model structure and one set of sampling settings."""
+    """The programs, bound to one model structure and one set of sampling settings."""
 
     lay_out: Callable[[nnx.State], nnx.State]
     empty_cache: Callable[[], KVCache]
@@ -128,16 +128,9 @@ def make_programs(
     `stops` are the token sequences that end a turn; `end_id` is written, not sampled, where a budget ends and
     `config.force_end` is set; `forbidden` tokens are never sampled.
     """
-    graphdef, params = nnx.split(model)
+    graphdef, _ = nnx.split(model)
     model_config, dtype = model.config, model.dtype
-
-    def laid_out(params: nnx.State) -> Qwen3VL:
-        return for_decoding(nnx.merge(graphdef, params), platform)
-
-    decoding_graphdef, _ = nnx.split(nnx.eval_shape(laid_out, params))
-
-    def lay_out(params: nnx.State) -> nnx.State:
-        return nnx.state(laid_out(params))
+    decoder, lay_out = decoding_layout(model, platform=platform, rows=-(-config.slots // lanes))
 
     def empty_cache() -> KVCache:
         return KVCache.zeros(
@@ -159,7 +152,7 @@ def make_programs(
         return cache.copy_pages(copies.source, copies.target)
 
     def decode(params: nnx.State, cache: KVCache, running: Running) -> tuple[KVCache, Report]:
-        model = nnx.merge(decoding_graphdef, params)
+        model = nnx.merge(decoder, params)
         running = jax.tree.map(lambda field: constrain(field, "slots", *[None] * (field.ndim - 1)), running)
         slots = running.pending.shape[0]
         keys = jax.vmap(lambda identity: trajectory_key(seed, identity))(running.identity)
@@ -221,7 +214,7 @@ def make_programs(
         return cache, constrain(jnp.concatenate([flags, *sampled], axis=1), "slots", None)
 
     return Programs(
-        lay_out=lay_out if decoding_graphdef == graphdef else jax.jit(lay_out),
+        lay_out=lay_out,
         empty_cache=jax.jit(empty_cache),
         extend=jax.jit(extend, donate_argnums=1),
         copy=jax.jit(copy, donate_argnums=0),

@@ -108,6 +108,8 @@ def make_iterate(
 
     @partial(jax.jit, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None, None))
     def iterate(state: TrainState) -> tuple[TrainState, Metrics, Array]:
+        laid_out = programs.lay_out(state.params)
+
         def round_(carry: tuple[Any, ...]) -> tuple[Any, ...]:
             number, cache, decoded, report, *_ = carry
             orders = ask(number, decoded, report)
@@ -117,12 +119,12 @@ def make_iterate(
             copies, decodes, more, failed = run[-4:]
             cache = jax.lax.cond(copies, programs.copy, _same, cache, orders.copies)
             cache, report = jax.lax.cond(
-                decodes, partial(programs.decode, for_decoding), lambda cache, _: (cache, report), cache, orders.running
+                decodes, partial(programs.decode, laid_out), lambda cache, _: (cache, report), cache, orders.running
             )
             return number + 1, cache, decodes, report, more & ~failed, failed
 
-        cache, for_decoding = programs.empty_cache(), programs.lay_out(state.params)
-        _, own_report = jax.eval_shape(programs.decode, for_decoding, cache, nothing.running)
+        cache = programs.empty_cache()
+        _, own_report = jax.eval_shape(programs.decode, laid_out, cache, nothing.running)
         slots = own_report.shape[0] // len(of_mesh.own) * of_mesh.count
         empty_report = jnp.zeros((slots, own_report.shape[1]), jnp.int32)
         no, yes = jnp.bool_(False), jnp.bool_(True)

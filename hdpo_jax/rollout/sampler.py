@@ -147,14 +147,14 @@ class Sampler:
         """Compiles every program for every static shape, so that nothing compiles later."""
         with jax.set_mesh(self._mesh):
             cache, everything = self.programs.empty_cache(), self.empty_round
-            for_decoding = self.programs.lay_out(params)
+            laid_out = self.programs.lay_out(params)
             if not self._alone:
                 everything = Round.of([spread(program, self._mesh) for program in everything.programs])
             assert everything.running is not None
             # Twice: the cache that a program returns may be laid out in another way than the empty one.
             for _ in range(2):
                 cache = self._extend(params, cache, everything)
-                cache, _ = self.programs.decode(for_decoding, cache, everything.running)
+                cache, _ = self.programs.decode(laid_out, cache, everything.running)
 
     def _scheduler(self) -> Scheduler:
         recent = max(map(len, self._stops)) - 1
@@ -167,8 +167,11 @@ class Sampler:
 
     def _run(self, params: nnx.State, rollout: Rollout, turn: AbstractContextManager) -> None:
         plan = self._plan(rollout)
+        started = time.perf_counter()
         with turn:
-            for_decoding = self.programs.lay_out(params)
+            laid_out = self.programs.lay_out(params)
+        jax.block_until_ready(laid_out)
+        rollout.stats.decode_seconds += time.perf_counter() - started
         cache, chunk = self.programs.empty_cache(), None
         while (now := plan(chunk)) is not None:
             started = time.perf_counter()
@@ -179,7 +182,7 @@ class Sampler:
             if now.running is not None:
                 started = time.perf_counter()
                 with turn:
-                    cache, report = self.programs.decode(for_decoding, cache, now.running)
+                    cache, report = self.programs.decode(laid_out, cache, now.running)
                 chunk = read_report(local_rows(report))
                 rollout.stats.decode_seconds += time.perf_counter() - started
 

@@ -2,7 +2,7 @@
 
 from models.qwen3_vl.cache import KVCache, SharedPages
 from models.qwen3_vl.config import Qwen3VLConfig, TextConfig, VisionConfig
-from models.qwen3_vl.decoding import for_decoding
+from models.qwen3_vl.decoding import decoding_layout
 from models.qwen3_vl.huggingface import load_hf, read_config, save_hf
 from models.qwen3_vl.images import EncodedImage, PackedImages
 from models.qwen3_vl.model import Qwen3VL
@@ -18,7 +18,7 @@ __all__ = [
     "SharedPages",
     "TextConfig",
     "VisionConfig",
-    "for_decoding",
+    "decoding_layout",
     "load_hf",
     "read_config",
     "save_hf",

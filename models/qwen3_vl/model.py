@@ -20,7 +20,8 @@ from sharding import constrain
 class Qwen3VL(nnx.Module):
     """Qwen3-VL (dense); numerically transformers' `Qwen3VLForConditionalGeneration`.
 
-    Parameters carry logical axis names (`axes`) that `sharding` maps to a mesh. Those of the layers are stacked.
+    Parameters carry logical axis names (`axes`) that `sharding` maps to a mesh. Those of the layers are stacked
+    (until they are `laid_out` for decoding).
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class Qwen3VL(nnx.Module):
         self.decoder = Decoder(config, precision=precision, rngs=rngs)
         self.output = None if config.tie_word_embeddings else self._output_matrix(precision, rngs)
         self.turned_head: nnx.Param | None = nnx.data(None)
-        """The output matrix as [vocab, embed], where the model stands as it decodes best (`for_decoding`)."""
+        """The output matrix as [vocab, embed], in a model that is `laid_out` for decoding."""
 
     def __call__(
         self,

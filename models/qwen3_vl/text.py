@@ -59,7 +59,7 @@ class TextLayer(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """The stacked layers and the norm after them."""
+    """The layers and the norm after them."""
 
     def __init__(self, config: Qwen3VLConfig, *, precision: Precision, rngs: nnx.Rngs):
         self.config = config
@@ -67,7 +67,7 @@ class Decoder(nnx.Module):
         self.layers: TextLayer | nnx.List[TextLayer] = stack(
             lambda rngs: TextLayer(text, precision=precision, rngs=rngs), text.num_hidden_layers, rngs
         )
-        """Stacked; apart where the model stands as it decodes best."""
+        """Stacked; apart in a model that is `laid_out` for decoding."""
         self.norm = RMSNorm(text.hidden_size, epsilon=text.rms_norm_eps, precision=precision)
 
     def __call__(

@@ -22,7 +22,7 @@ from hdpo_jax.data.prompts import PromptDataset
 from hdpo_jax.rollout.sampling import sample
 from hdpo_jax.tools.toolbox import ToolBox
 from hdpo_jax.train.policy import Policy, load_policy
-from models.qwen3_vl import KVCache
+from models.qwen3_vl import KVCache, decoding_layout
 from models.qwen3_vl.cache import unshared_table
 from sharding.mesh import MeshAxes
 from tests.bench.table import Row
@@ -113,8 +113,12 @@ def pass_costs(policy: Policy, config: RolloutConfig) -> dict[int, float]:
     width = config.pages_a_row
     table = unshared_table(config.slots, width)
 
+    platform = policy.mesh.devices.flat[0].platform
+    structure, lay_out = decoding_layout(policy.model, platform=platform, rows=config.slots)
+    laid_out = lay_out(policy.params)
+
     def one_pass(params: nnx.State, cache: KVCache, token_ids: Array) -> tuple[KVCache, Array]:
-        model = nnx.merge(policy.graphdef, params)
+        model = nnx.merge(structure, params)
         start = jnp.full(config.slots, config.capacity // 2)
         index = start[:, None] + jnp.arange(token_ids.shape[1])
         positions = jnp.broadcast_to(index[..., None], (*index.shape, 3))
@@ -134,6 +138,6 @@ def pass_costs(policy: Policy, config: RolloutConfig) -> dict[int, float]:
         for tokens in widths:
             ids = np.zeros((config.slots, tokens), np.int32)
             started = time.perf_counter()
-            cache, _ = jax.block_until_ready(run(policy.params, cache, ids))
+            cache, _ = jax.block_until_ready(run(laid_out, cache, ids))
             seconds[tokens].append(time.perf_counter() - started)
     return {tokens: median(found[2:]) for tokens, found in seconds.items()}

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 
 from tests.bench.child import Child, median_ratio, take_turns
-from tests.bench.rollout_sizes import FIXED, GROUP, GROUP_PAGE, MIXED, TOOL_SECONDS, WAITING
+from tests.bench.rollout_sizes import FIXED, GROUP, GROUP_PAGE, LARGE, MIXED, TOOL_SECONDS, WAITING
 from tests.bench.table import Row, markdown
 
 
@@ -21,17 +21,20 @@ def main(rounds: int) -> int:
     from tests.bench import rollout_ours, rollout_plain, rollout_torch
 
     with tempfile.TemporaryDirectory() as model, Child() as ours, Child() as peer, Child() as plain:
-        ours.call(rollout_ours.prepare, Path(model))
+        with Child() as writer:
+            writer.call(rollout_ours.prepare, Path(model))
 
         def timed(name: str, seconds: float) -> float:
             print(f"{name} {seconds:.2f} s", flush=True)
             return seconds
 
         prefill: list[float] = []
+        steps: list[float] = []
 
         def whole_of_ours() -> float:
             found = ours.call(rollout_ours.fixed, model)
             prefill.append(timed("our prefill", found["prefill_seconds"]))
+            steps.append(found["decode_seconds"] / found["decode_steps"])
             return timed("ours", found["seconds"])
 
         whole = take_turns(
@@ -56,6 +59,7 @@ def main(rounds: int) -> int:
         )
         group = ours.call(rollout_ours.group_of_one_prompt, model)
         print(f"groups {group}", flush=True)
+        least = ours.call(rollout_ours.least_seconds, model)
         chunk = ours.call(rollout_ours.chunk_overhead, model)
         waiting = ours.call(rollout_ours.many_waiting, model)
         print(f"chunks {chunk}\nwaiting {waiting}", flush=True)
@@ -63,6 +67,11 @@ def main(rounds: int) -> int:
     tokens = FIXED.prompts * FIXED.samples * FIXED.new_tokens
     prompt_tokens = FIXED.prompts * FIXED.samples * FIXED.prompt_tokens
     whole["prefill"] = prefill
+    whole["step"] = steps
+    whole["peer step"] = [
+        (all_of_it - first) / (FIXED.new_tokens - 1)
+        for all_of_it, first in zip(whole["peer"], whole["peer prefill"], strict=True)
+    ]
     seconds = {name: median(found) for name, found in whole.items()}
     what = f"{FIXED.prompts} prompts x {FIXED.samples}, {FIXED.prompt_tokens} + {FIXED.new_tokens} tokens"
     several = f"{MIXED.prompts * MIXED.samples} rollouts of mixed length, {MIXED.rows} at a time"
@@ -73,6 +82,19 @@ def main(rounds: int) -> int:
             tokens / seconds["peer"],
             median_ratio(whole["peer"], whole["ours"]),
             ">= 5x",
+        ),
+        Row(
+            f"the same, were the decoder's products all, at the rate of {LARGE} x {LARGE} by {LARGE} (limit)",
+            tokens / seconds["ours"],
+            tokens / least,
+            least / seconds["ours"],
+        ),
+        Row(
+            f"a decode step of {FIXED.rows} rows (transformers)",
+            1e3 * seconds["step"],
+            1e3 * seconds["peer step"],
+            median_ratio(whole["peer step"], whole["step"]),
+            unit="ms",
         ),
         Row(
             "prompt tokens/s, those that are shared counted for each rollout (transformers)",

@@ -7,19 +7,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from hdpo_jax.config import AgentConfig, ModelConfig, RolloutConfig
+from hdpo_jax.rollout.prompts import PromptEncoder
 from hdpo_jax.rollout.sampler import Sampler
 from hdpo_jax.tools.toolbox import ToolBox
 from hdpo_jax.train.policy import Policy, load_policy
 from hdpo_jax.types import Observation, Prompt, ToolCall, Trajectory
+from models.qwen3_vl.processing import Processor
 from sharding.mesh import MeshAxes
 from tests.bench.chat_model import make_prompts, write_chat_model
 from tests.bench.rollout_sizes import (
     FIXED,
     GROUP,
     GROUP_PAGE,
+    INPUTS,
+    LARGE,
     MAX_CALLS,
     MIXED,
     OBSERVATION,
@@ -47,7 +54,21 @@ class SlowTools:
 
 
 def prepare(directory: Path) -> None:
+    """The model, and what transformers is to continue, as arrays: its process is to hold what it needs, no more."""
     write_chat_model(directory, longest_edge=GROUP.image_side)
+    processor = Processor.from_hf(directory)
+    encode = PromptEncoder(processor, RolloutConfig())
+    asked = make_prompts(processor, FIXED.prompts, FIXED.prompt_tokens, FIXED.image_side)
+    questions = [encode(prompt) for prompt in asked for _ in range(FIXED.samples)]
+    ids, images = np.stack([one.token_ids for one in questions]), [image for one in questions for image in one.images]
+    np.savez(
+        directory / INPUTS,
+        input_ids=ids.astype(np.int64),
+        attention_mask=np.ones_like(ids, np.int64),
+        pixel_values=np.concatenate([image.patches for image in images]),
+        image_grid_thw=np.array([image.grid for image in images], np.int64),
+        mm_token_type_ids=(ids == processor.config.image_token_id).astype(np.int32),
+    )
 
 
 @functools.cache
@@ -123,6 +144,22 @@ def fixed(directory: str) -> dict[str, Any]:
 
 def mixed(directory: str) -> dict[str, Any]:
     return run(directory, MIXED, tools=True)
+
+
+def least_seconds(directory: str) -> float:
+    """Of `fixed`, if the decoder's products were all there is to do and went at the rate of a large one."""
+    model = policy(directory, False).model
+    of_layers = sum(array.size for array in jax.tree.leaves(nnx.state(model.decoder)))
+    rollouts = FIXED.prompts * FIXED.samples
+    sampled, prompted = rollouts * FIXED.new_tokens, FIXED.prompts * FIXED.prompt_tokens
+    needed = of_layers * (prompted + sampled) + model.head.size * sampled
+    product, square = jax.jit(jnp.matmul), jnp.ones((LARGE, LARGE))
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        jax.block_until_ready(product(square, square))
+        seconds.append(time.perf_counter() - started)
+    return needed * min(seconds) / LARGE**3
 
 
 def group_of_one_prompt(directory: str) -> dict[str, float]:

@@ -64,7 +64,7 @@ class Loop:
         self._programs: Programs = make_programs(
             loaded.model,
             config,
-            platform="cpu",
+            platform=loaded.mesh.devices.flat[0].platform,
             lanes=1,
             seed=0,
             stops=self._stops,

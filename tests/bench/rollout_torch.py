@@ -2,17 +2,14 @@
 
 import functools
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
 
-from hdpo_jax.config import RolloutConfig
-from hdpo_jax.rollout.prompts import PromptEncoder
-from models.qwen3_vl.processing import Processor
-from tests.bench.chat_model import make_prompts
-from tests.bench.rollout_sizes import FIXED
+from tests.bench.rollout_sizes import FIXED, INPUTS
 
 
 def fixed(directory: str) -> float:
@@ -51,16 +48,5 @@ def _model(directory: str) -> Any:
 
 @functools.cache
 def _inputs(directory: str) -> dict[str, torch.Tensor]:
-    processor = Processor.from_hf(directory)
-    encode = PromptEncoder(processor, RolloutConfig())
-    asked = make_prompts(processor, FIXED.prompts, FIXED.prompt_tokens, FIXED.image_side)
-    questions = [encode(prompt) for prompt in asked for _ in range(FIXED.samples)]
-    ids = torch.tensor(np.stack([question.token_ids for question in questions])).long()
-    images = [image for question in questions for image in question.images]
-    return {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "pixel_values": torch.tensor(np.concatenate([image.patches for image in images])),
-        "image_grid_thw": torch.tensor([image.grid for image in images]),
-        "mm_token_type_ids": (ids == processor.config.image_token_id).int(),
-    }
+    with np.load(Path(directory) / INPUTS) as arrays:
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}

@@ -6,48 +6,62 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models.qwen3_vl import KVCache, Qwen3VL, for_decoding, load_hf
+from models.qwen3_vl import KVCache, Qwen3VL, decoding_layout, load_hf
 from models.qwen3_vl.cache import unshared_table
-from models.qwen3_vl.decoding import TurnedLinear
+from models.qwen3_vl.decoding import FEW_ROWS, TurnedLinear, laid_out
+from models.qwen3_vl.text import TextLayer
 from sharding import make_mesh
-from tests.models.oracles import CONFIGS, Oracle, oracle
+from tests.models.oracles import CONFIGS, oracle
 
 ROWS, PAGE, PAGES_A_ROW = 8, 4, 2
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_step_gives_the_same_logits(name):
-    pair = oracle(name)
-    np.testing.assert_allclose(steps(for_decoding(pair.model, "cpu")), steps(pair.model), atol=2e-5)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-5), ("bfloat16", 0.05)])
+def test_every_step_gives_the_same_logits(name, dtype, tolerance):
+    model = load_hf(oracle(name).directory, dtype=jnp.dtype(dtype))
+    turned = laid_out(model)
+    gate = layer(turned, 1).gate
+    assert isinstance(gate, TurnedLinear)
+    assert gate.kernel[...].dtype == dtype
+    assert isinstance(model.decoder.layers, TextLayer), "the model itself is to stay as it was"
+    np.testing.assert_allclose(steps(turned), steps(model), atol=tolerance)
 
 
 def test_eight_devices_lay_it_out_as_one_does():
     pair = oracle("biased, untied")
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     model = load_hf(pair.directory, mesh, dtype=jnp.float32)
+    structure, lay_out = decoding_layout(model, platform="cpu", rows=ROWS)
     with jax.set_mesh(mesh):
-        laid_out = nnx.merge(*nnx.jit(lambda model: nnx.split(for_decoding(model, "cpu")))(model))
-        gate = layer(laid_out, 1).gate
+        turned = nnx.merge(structure, lay_out(nnx.state(model)))
+        gate = layer(turned, 1).gate
         assert isinstance(gate, TurnedLinear)
-        assert gate.kernel.shape == (52, 36)
         kernel = gate.kernel[...]
+        assert kernel.shape == (52, 36)
         assert kernel.sharding.shard_shape(kernel.shape) == (26, 18)  # mlp / tensor, embed / fsdp
-        found = steps(laid_out, lanes=4)
+        found = steps(turned, lanes=4)
     np.testing.assert_allclose(found, steps(pair.model), atol=2e-5)
 
 
-def test_accelerators_get_the_model_as_it_is():
-    pair = oracle("biased, untied")
-    assert for_decoding(pair.model, "tpu") is pair.model
-    laid_out = for_decoding(pair.model, "cpu")
-    assert for_decoding(laid_out, "cpu") is laid_out
+@pytest.mark.parametrize(("platform", "rows"), [("tpu", 1), ("gpu", 32), ("cpu", FEW_ROWS + 1)])
+def test_elsewhere_parameters_stay_what_they_are(platform, rows):
+    graphdef, params = nnx.split(oracle("biased, untied").model)
+    structure, lay_out = decoding_layout(nnx.merge(graphdef, params), platform=platform, rows=rows)
+    assert structure == graphdef
+    assert lay_out(params) is params
 
 
-def test_the_model_itself_stays_as_it_was():
-    pair: Oracle = oracle("biased, untied")
-    before = jax.tree.map(jnp.shape, nnx.state(pair.model))
-    for_decoding(pair.model, "cpu")
-    assert jax.tree.map(jnp.shape, nnx.state(pair.model)) == before
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_stays_as_it_is_is_not_copied(name):
+    model = load_hf(oracle(name).directory, dtype=jnp.float32)
+    params = nnx.state(model)
+    _, lay_out = decoding_layout(model, platform="cpu", rows=FEW_ROWS)
+    found = lay_out(params)
+    for kept in ("embedding", "vision"):
+        for ours, theirs in zip(jax.tree.leaves(found[kept]), jax.tree.leaves(params[kept]), strict=True):
+            assert ours is theirs
+    assert ("output" in found, "turned_head" in found) == (False, "output" in params)
 
 
 def layer(model: Qwen3VL, number: int):
