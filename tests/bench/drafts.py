@@ -59,7 +59,6 @@ def rows(run: Path) -> Iterator[Row]:
                 cost[length + 1] / cost[1],
                 1.0,
                 tokens * cost[1] / cost[length + 1],
-                ">= 1.3x",
                 unit="steps",
             )
 
