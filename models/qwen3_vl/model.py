@@ -123,7 +123,7 @@ class Qwen3VL(nnx.Module):
         """fp32 logits of hidden states."""
         if self.turned_head is not None:
             rows = hidden.reshape(-1, hidden.shape[-1])
-            return by_columns(rows, self.turned_head[...].astype(hidden.dtype)).reshape(*hidden.shape[:-1], -1)
+            return by_columns(rows, self.turned_head[...]).reshape(*hidden.shape[:-1], -1)
         return jnp.matmul(hidden, self.head.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
     def _embed(

@@ -71,7 +71,7 @@ class Loop:
             end_id=self._processor.stop_ids[0],
             forbidden=self._processor.forbidden,
         )
-        self._for_decoding = self._programs.lay_out(self._params)
+        self._laid_out = self._programs.lay_out(self._params)
         self._table = unshared_table(MIXED.rows, 1)
 
     def start(self) -> list[Trajectory]:
@@ -87,7 +87,7 @@ class Loop:
         cache, steps, tools = self._programs.empty_cache(), 0, SlowTools()
         cache = self._programs.extend(self._params, cache, self._prompts_of(batch))
         while not all(one.done for one in batch):
-            cache, report = self._programs.decode(self._for_decoding, cache, self._running(batch))
+            cache, report = self._programs.decode(self._laid_out, cache, self._running(batch))
             chunk = read_report(jax.device_get(report))
             steps += int(chunk.counts.max())
             asking = [one for row, one in enumerate(batch) if self._take(one, chunk.tokens[row, : chunk.counts[row]])]

@@ -19,6 +19,7 @@ from hdpo_jax.tools.toolbox import ToolBox
 from hdpo_jax.train.compilations import CompilationCounter
 from hdpo_jax.types import Observation, Prompt, StopReason, ToolCall
 from models.logprobs import token_logprobs
+from models.qwen3_vl.decoding import FEW_ROWS
 from models.qwen3_vl.images import mrope_positions
 from tests.rollout.chatty import AGENT, ROLLOUT, chatty_policy
 
@@ -436,9 +437,10 @@ def test_slots_are_refilled_at_every_chunk(task, policy):
     assert ours.stats.occupancy >= 0.9
 
 
-def test_programs_write_the_cache_in_place(policy):
+@pytest.mark.parametrize("slots", [FEW_ROWS, 2 * FEW_ROWS], ids=["laid out", "stacked"])
+def test_programs_write_the_cache_in_place(policy, slots):
     """Donated to each program and aliased: no program holds a second one, nor anything as large."""
-    ours = sampler(policy, rollout=replace(ROLLOUT, slots=64))
+    ours = sampler(policy, rollout=replace(ROLLOUT, slots=slots, pages=64 * ROLLOUT.pages_a_row))
     with jax.set_mesh(policy.mesh):
         cache = ours.programs.empty_cache()
         now = ours.empty_round
