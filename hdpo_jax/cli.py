@@ -21,6 +21,7 @@ Qwen3-VL and HDPO in JAX: agents that learn when a tool is worth its call.
   score             teacher-forced log-probs of conversations
   import-hf         HF safetensors to an Orbax checkpoint
   export-hf         a checkpoint to HF safetensors
+  plan CONFIG       what a run takes on its TPU slice, without a TPU
   report RUN_DIR    one HTML page: curves and a trajectory browser
 
 CONFIG is a Python file, or the name of one in configs/; flags override its fields (--train.steps 50).

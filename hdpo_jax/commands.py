@@ -195,13 +195,14 @@ COMMANDS: dict[str, type[Command]] = {
     "export-hf": ExportHF,
     "report": Report,
 }
-RUNS: dict[str, type[SFTConfig] | type[RLConfig]] = {"sft": SFTConfig, "train": RLConfig}
+RUNS: dict[str, type[SFTConfig] | type[RLConfig]] = {"sft": SFTConfig, "train": RLConfig, "plan": RLConfig}
+"""Commands that take a config, and of what kind."""
 
 
 def run_command(name: str, flags: Sequence[str]) -> None:
     """Runs a command; ConfigError where there is none of that name, or the flags do not fit it."""
     if name in RUNS:
-        _train(name, flags)
+        _run_config(name, flags)
     elif name in COMMANDS:
         command = parse_flags(COMMANDS[name], flags, program=f"hdpo {name}")
         if isinstance(command, Eval) and (run := command.settings_of):
@@ -213,22 +214,29 @@ def run_command(name: str, flags: Sequence[str]) -> None:
         raise ConfigError(f"there is no command {name!r}; expected one of {known}")
 
 
-def _train(name: str, flags: Sequence[str]) -> None:
+def _run_config(name: str, flags: Sequence[str]) -> None:
     kind, program = RUNS[name], f"hdpo {name} CONFIG"
     choices = f"CONFIG is a Python file that defines get_config() -> {kind.__name__}, or a name: "
     choices += ", ".join(config_names()) or "(configs/ is empty)"
+    if name == "plan":
+        choices += "\n\n--json prints an object instead of a table."
     if flags and flags[0] in ("-h", "--help"):
         parse_flags(kind, ["--help"], program=program, description=f"{kind.__doc__}\n\n{choices}")
     if not flags or flags[0].startswith("-"):
         raise ConfigError(f"{program}: a config comes first. {choices}")
     path, *overrides = flags
+    as_json = name == "plan" and "--json" in overrides
+    overrides = [flag for flag in overrides if not (as_json and flag == "--json")]
     config = parse_flags(kind, overrides, program=f"hdpo {name} {path}", default=load_config(path, kind))
     if isinstance(config, SFTConfig):
         from hdpo_jax.train.sft import train_sft
 
-        result = train_sft(config)
+        train_sft(config).require_finished(config.output)
+    elif name == "plan":
+        from hdpo_jax.plan.command import PLANS, plan
+
+        plan(config, as_json=as_json, cache=PLANS)
     else:
         from hdpo_jax.train.rl import train_rl
 
-        result = train_rl(config)
-    result.require_finished(config.output)
+        train_rl(config).require_finished(config.output)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
 from hdpo_jax.types import PackedRows, Trajectory
@@ -171,6 +172,8 @@ def fill_rows(
     count: int,
     shape: RowShape,
     config: Qwen3VLConfig,
+    *,
+    patch_dtype: DTypeLike = np.float32,
 ) -> PackedRows:
     """The assigned rows as arrays of `count` rows; rows past the assigned ones are padding."""
     size = (count, shape.tokens)
@@ -206,7 +209,7 @@ def fill_rows(
                     images[r].extend(segment.images)
                 cursor += segment.tokens
 
-    packed = pack_images(config, images, feature_index, shape.patches) if shape.patches else None
+    packed = pack_images(config, images, feature_index, shape.patches, dtype=patch_dtype) if shape.patches else None
     # Programs take NumPy arrays as they take JAX's, which is what the record declares.
     policy: list[Any] = [targets, loss_mask, rollout, logprobs, sampled_logprobs]
     arrays: list[Any] = [token_ids, positions, segment_ids, prefix_ids, *policy, packed]

@@ -61,7 +61,7 @@ def train_sft(config: SFTConfig, *, title: str = "sft") -> RunResult:
     policy = load_policy(config.model, config.mesh)
     row = RowShape(config.train.row_tokens, config.train.row_patches)
     encode = ConversationEncoder(policy.processor, row, config.data.cache_mb)
-    pack = RowBatcher(config.train, policy.model.config)
+    pack = RowBatcher(config.train, policy.model.config, patch_dtype=policy.model.dtype)
     optimizer = make_optimizer(config.optimizer, config.train.steps, policy.params)
     shardings = state_shardings(abstract_state(policy.params, optimizer))
     learn = make_sft_step(policy.graphdef, optimizer, shardings=shardings)

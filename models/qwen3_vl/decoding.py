@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from operator import itemgetter
 
 import jax
@@ -11,7 +13,7 @@ from jaxtyping import Array, Float
 
 from models.qwen3_vl.layers import LayerT, Linear, by_columns
 from models.qwen3_vl.model import Qwen3VL
-from sharding import constrain
+from sharding import RULES, constrain
 
 FEW_ROWS = 32
 """Rows up to which decoding gains from it: a step of a 55M model, fp32, two cores of an AVX2 machine, took 0.58 of the
@@ -19,14 +21,17 @@ time with 8 rows, 0.74 with 16, 0.68 to 0.86 with 32, 0.96 to 1.03 with 64 and 1
 
 
 def decoding_layout(
-    model: Qwen3VL, *, platform: str, rows: int
+    model: Qwen3VL, *, platform: str, rows: int, gathered: bool = False
 ) -> tuple[nnx.GraphDef, Callable[[nnx.State], nnx.State]]:
     """The structure that decodes `rows` rows a device best, and what makes its parameters of the model's.
 
     `platform` is JAX's name of the devices. Only a CPU with few rows gets another structure than the model's: other
-    compilers take parameters from where they lie, and accelerators have no room for a copy of them.
+    compilers take parameters from where they lie, and accelerators may have no room for a copy of them. `gathered`
+    makes that copy: what is split over fsdp and context is held whole, so that no step gathers it anew.
     """
     graphdef, params = nnx.split(model)
+    if gathered:
+        return graphdef, jax.jit(partial(_gathered, dtype=model.dtype))
     if platform != "cpu" or rows > FEW_ROWS:
         return graphdef, lambda params: params
 
@@ -42,6 +47,21 @@ def decoding_layout(
         return nnx.merge_state(nnx.filter_state(params, nnx.Not(_is_changed)), changed(params))
 
     return nnx.split(nnx.eval_shape(of_params, params))[0], lay_out
+
+
+def _gathered(params: nnx.State, *, dtype: DTypeLike) -> nnx.State:
+    """The matrices that a decode step reads, in the dtype of its arithmetic, split over mesh.tensor only."""
+    whole = replace(RULES, embed=None)
+
+    def gather(path: tuple, param: nnx.Variable) -> nnx.Variable:
+        names = param.get_metadata().get("axes")
+        if path[0] == "vision" or not names:
+            return param
+        values = param[...].astype(dtype)
+        names = ("layers", *names) if values.ndim > len(names) else names
+        return param.replace(constrain(values, *names, rules=whole))
+
+    return nnx.map_state(gather, params)
 
 
 def laid_out(model: Qwen3VL) -> Qwen3VL:

@@ -24,6 +24,7 @@ from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
+from models.qwen3_vl.attention import kernel_for
 from models.qwen3_vl.config import Qwen3VLConfig
 from models.qwen3_vl.layers import Remat
 from models.qwen3_vl.model import Qwen3VL
@@ -187,8 +188,11 @@ def load_hf(
         sources.setdefault(place.path, []).append((place, stored[name]))
 
     def build() -> Qwen3VL:
-        return Qwen3VL(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=param_dtype, remat=remat)
+        return Qwen3VL(
+            config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=param_dtype, remat=remat, kernel=kernel_for(platform)
+        )
 
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     graphdef, abstract = nnx.split(nnx.eval_shape(build))
     if mesh is None:
         here = jnp.zeros(()).sharding  # the default device's

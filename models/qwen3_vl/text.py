@@ -5,11 +5,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from models.qwen3_vl.attention import Visibility, causal_attention, paged_attention
+from models.qwen3_vl.attention import Kernel, attention, paged_attention
 from models.qwen3_vl.cache import KVCache, SharedPages
 from models.qwen3_vl.config import Qwen3VLConfig, TextConfig
 from models.qwen3_vl.layers import ACTIVATION_FUNCTIONS, Linear, Precision, Remat, RMSNorm, scan, stack
 from models.qwen3_vl.rope import Rotation, rotate
+from models.qwen3_vl.visibility import Visibility
 from sharding import constrain
 
 
@@ -78,12 +79,13 @@ class Decoder(nnx.Module):
         deepstack: Float[Array, "depth batch tokens embed"] | None = None,
         *,
         remat: Remat = "nothing",
+        kernel: Kernel = "xla",
     ) -> Float[Array, "batch tokens embed"]:
         """All tokens of the rows at once."""
 
         def body(layer: TextLayer, x: Array, index: Array) -> Array:
             queries, keys, values = layer.queries_keys_values(x, rotation)
-            attended = causal_attention(queries, keys.swapaxes(1, 2), values.swapaxes(1, 2), visibility)
+            attended = attention(queries, keys.swapaxes(1, 2), values.swapaxes(1, 2), visibility, kernel=kernel)
             return _add_features(layer.finish(x, attended), deepstack, index)
 
         return self.norm(scan(self.layers, body, x, self._layer_indices(), remat=remat))

@@ -9,10 +9,11 @@ import pytest
 from flax import nnx
 
 from models.qwen3_vl import KVCache, Qwen3VLConfig, load_hf
-from models.qwen3_vl.attention import CAUSAL_BLOCK, Visibility, attention, causal_attention, paged_attention
+from models.qwen3_vl.attention import CAUSAL_BLOCK, causal_attention, dense_attention, paged_attention
 from models.qwen3_vl.cache import SharedPages, unshared_table
 from models.qwen3_vl.images import feature_indices, mrope_positions, pack_images
 from models.qwen3_vl.text import TextLayer
+from models.qwen3_vl.visibility import Visibility
 from sharding import make_mesh, shard_batch
 from tests.models.oracles import IMAGE, VISION_START, Batch, Oracle, Row, batch, oracle, row
 
@@ -245,7 +246,7 @@ def test_attention_to_a_cache(length):
         queries, KVCache(jnp.asarray(paged_keys), jnp.asarray(paged_values)), 1, table, index
     )
     np.testing.assert_allclose(found, expected, atol=1e-5)
-    found = attention(jnp.asarray(queries), keys, values, Visibility(query_index=jnp.asarray(index)))
+    found = dense_attention(jnp.asarray(queries), keys, values, Visibility(query_index=jnp.asarray(index)))
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
@@ -302,7 +303,7 @@ def test_causal_attention_leaves_out_what_no_query_sees():
 
     gradients = [
         jax.jit(jax.grad(functools.partial(learned, attend), argnums=(0, 1, 2)))(queries, keys, values)
-        for attend in (causal_attention, attention)
+        for attend in (causal_attention, dense_attention)
     ]
     for ours, whole_ in zip(*gradients, strict=True):
         np.testing.assert_allclose(ours, whole_, atol=1e-8, rtol=1e-4)
