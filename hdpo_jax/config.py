@@ -42,8 +42,9 @@ class ModelConfig:
     """Activations and matrix products."""
     param_dtype: Dtype = "float32"
     """Master weights."""
-    remat: Literal["nothing", "full"] = "full"
-    """What the backward pass recomputes: nothing, or every layer."""
+    remat: Literal["nothing", "full", "save_attention", "offload"] = "full"
+    """What the backward pass computes anew: nothing; every layer from its input (full); the same, with the outputs of
+    attention kept (save_attention), or with the layers' inputs waiting in host memory (offload)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,12 +3,13 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from models.qwen3_vl.attention import Visibility, causal_attention, paged_attention
 from models.qwen3_vl.cache import KVCache, SharedPages
 from models.qwen3_vl.config import Qwen3VLConfig, TextConfig
-from models.qwen3_vl.layers import ACTIVATION_FUNCTIONS, Linear, Precision, Remat, RMSNorm, scan, stack
+from models.qwen3_vl.layers import ACTIVATION_FUNCTIONS, ATTENTION, Linear, Precision, Remat, RMSNorm, scan, stack
 from models.qwen3_vl.rope import Rotation, rotate
 from sharding import constrain
 
@@ -84,7 +85,7 @@ class Decoder(nnx.Module):
         def body(layer: TextLayer, x: Array, index: Array) -> Array:
             queries, keys, values = layer.queries_keys_values(x, rotation)
             attended = causal_attention(queries, keys.swapaxes(1, 2), values.swapaxes(1, 2), visibility)
-            return _add_features(layer.finish(x, attended), deepstack, index)
+            return _add_features(layer.finish(x, checkpoint_name(attended, ATTENTION)), deepstack, index)
 
         return self.norm(scan(self.layers, body, x, self._layer_indices(), remat=remat))
 

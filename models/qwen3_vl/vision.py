@@ -3,12 +3,13 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from models.qwen3_vl.attention import Visibility, attention
 from models.qwen3_vl.config import VisionConfig
 from models.qwen3_vl.images import PackedImages
-from models.qwen3_vl.layers import ACTIVATION_FUNCTIONS, LayerNorm, Linear, Precision, Remat, scan, stack
+from models.qwen3_vl.layers import ACTIVATION_FUNCTIONS, ATTENTION, LayerNorm, Linear, Precision, Remat, scan, stack
 from models.qwen3_vl.rope import Rotation, rotate, vision_rotation
 from sharding import constrain
 
@@ -33,7 +34,8 @@ class VisionLayer(nnx.Module):
     ) -> Float[Array, "rows patches width"]:
         queries, keys, values = jnp.moveaxis(self.qkv(self.attention_norm(x)), 2, 0)
         queries, keys = rotate(queries, rotation), rotate(keys, rotation)
-        x += self.out(attention(queries, keys.swapaxes(1, 2), values.swapaxes(1, 2), visibility))
+        attended = attention(queries, keys.swapaxes(1, 2), values.swapaxes(1, 2), visibility)
+        x += self.out(checkpoint_name(attended, ATTENTION))
         activation = ACTIVATION_FUNCTIONS[self.config.hidden_act]
         x += self.down(activation(self.up(self.mlp_norm(x))))
         return constrain(x, "batch", None, None)
