@@ -230,12 +230,17 @@ class OptimizerConfig:
     weight_decay: float = 0.01
     clip_norm: float = 1.0
     """Global norm that gradients are clipped to."""
+    moments: Dtype = "float32"
+    """What the optimizer remembers of each parameter: AdamW's two moments, Muon's momentum."""
 
     def __post_init__(self):
         _more_than_zero(self, "optimizer", "learning_rate", "muon_learning_rate", "clip_norm")
         _at_least(self, "optimizer", 0, "warmup_steps", "weight_decay")
         for name in ("b1", "b2"):
             _require(0 <= getattr(self, name) < 1, f"optimizer.{name}", getattr(self, name), "a share in [0, 1)")
+            # bfloat16 has 8 bits: what is to fall by less than 1/256 may round to itself, and would never fall.
+            kept = self.moments == "float32" or getattr(self, name) <= 0.995
+            _require(kept, f"optimizer.{name}", getattr(self, name), "at most 0.995 with optimizer.moments bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True)
