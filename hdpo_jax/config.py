@@ -44,8 +44,9 @@ class ModelConfig:
     """Activations and matrix products."""
     param_dtype: Dtype = "float32"
     """Master weights."""
-    remat: Literal["nothing", "full"] = "full"
-    """What the backward pass recomputes: nothing, or every layer."""
+    remat: Literal["nothing", "full", "save_attention", "offload"] = "full"
+    """What the backward pass computes anew: nothing; every layer from its input (full); the same, with the outputs of
+    attention kept (save_attention), or with the layers' inputs waiting in host memory (offload)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,12 +235,17 @@ class OptimizerConfig:
     weight_decay: float = 0.01
     clip_norm: float = 1.0
     """Global norm that gradients are clipped to."""
+    moments: Dtype = "float32"
+    """What the optimizer remembers of each parameter: AdamW's two moments, Muon's momentum."""
 
     def __post_init__(self):
         _more_than_zero(self, "optimizer", "learning_rate", "muon_learning_rate", "clip_norm")
         _at_least(self, "optimizer", 0, "warmup_steps", "weight_decay")
         for name in ("b1", "b2"):
             _require(0 <= getattr(self, name) < 1, f"optimizer.{name}", getattr(self, name), "a share in [0, 1)")
+            # bfloat16 has 8 bits: what is to fall by less than 1/256 may round to itself, and would never fall.
+            kept = self.moments == "float32" or getattr(self, name) <= 0.995
+            _require(kept, f"optimizer.{name}", getattr(self, name), "at most 0.995 with optimizer.moments bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,15 +1,15 @@
 """Log-probabilities of given tokens, from hidden states, never holding logits of all tokens at once."""
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from sharding import RULES
+from sharding import RULES, constrain, spec
 
 
 class TokenLogprobs(NamedTuple):
@@ -57,7 +57,7 @@ def token_logprobs_and_entropy(
     wanted = jnp.broadcast_to(True, targets.shape) if wanted is None else wanted.reshape(-1, length)
     forbidden = jnp.zeros(head.shape[-1], bool) if forbidden is None else forbidden
     # A block takes some tokens of every row, so that rows stay on the devices that hold them.
-    span = min(length, max(1, block * _batch_shards() // len(targets)))
+    span = min(length, max(1, block * _parts(len(targets)) // len(targets)))
     found = _of_rows(temperature, span, hidden, head, targets, wanted, forbidden)
     return jax.tree.map(lambda values: values.reshape(shape), found)
 
@@ -97,10 +97,14 @@ def _forward(
 def _backward(
     temperature: float, span: int, kept: tuple[Array, ...], slopes: TokenLogprobs
 ) -> tuple[Array | None, ...]:
-    """Of logit i with probability p_i: d logprob = [i is the target] - p_i, d entropy = -p_i (log p_i + entropy)."""
+    """Of logit i with probability p_i: d logprob = [i is the target] - p_i, d entropy = -p_i (log p_i + entropy).
+
+    Devices add up the head's gradient of their own rows, and add up among each other once, after the loop.
+    """
     hidden, head, targets, wanted, forbidden, entropy = kept
     blocks = _Blocks(wanted, span)
     of_token = (hidden, targets, entropy, *(blocks.gather(jnp.where(wanted, slope, 0)) for slope in slopes))
+    parts = _parts(len(targets))
 
     def look(at: Array, gradients: tuple[Array, Array]) -> tuple[Array, Array]:
         hidden, targets, *values = (blocks.read(each, at) for each in of_token)
@@ -111,10 +115,14 @@ def _backward(
         slope = (jnp.where(is_target, by_logprob, 0) - jnp.exp(of_all) * spread) / temperature
         slope = slope.astype(hidden.dtype)
         of_hidden = jnp.einsum("rtv,ev->rte", slope, head.astype(hidden.dtype))
-        of_head = jnp.einsum("rte,rtv->ev", hidden, slope, preferred_element_type=jnp.float32)
-        return blocks.write(gradients[0], of_hidden, at), gradients[1] + of_head
+        hidden, slope = (array.reshape(parts, -1, array.shape[-1]) for array in (hidden, slope))
+        of_head = jnp.einsum("pte,ptv->pev", hidden, slope, preferred_element_type=jnp.float32)
+        return blocks.write(gradients[0], of_hidden, at), constrain(gradients[1] + of_head, *apart)
 
-    of_hidden, of_head = blocks.loop(look, (jnp.zeros_like(hidden), jnp.zeros(head.shape, jnp.float32)))
+    apart = ("batch", None, "vocab")
+    nothing = constrain(jnp.zeros((parts, *head.shape), jnp.float32), *apart)
+    of_hidden, of_head = blocks.loop(look, (jnp.zeros_like(hidden), nothing))
+    of_head = constrain(of_head.sum(axis=0), "embed", "vocab")
     return blocks.scatter(of_hidden), of_head.astype(head.dtype), None, None, None
 
 
@@ -145,7 +153,8 @@ class _Blocks:
         return jnp.where(self._wanted.reshape(*self._wanted.shape, *[1] * (values.ndim - 2)), values, 0)
 
     def loop(self, look: Callable[[Array, Any], Any], found: Any) -> Any:
-        return jax.lax.fori_loop(0, self._count, look, found)
+        with jax.named_scope("vocabulary"):
+            return jax.lax.fori_loop(0, self._count, look, found)
 
     def read(self, values: Array, at: Array) -> Array:
         return jax.lax.dynamic_slice_in_dim(values, at * self._span, self._span, axis=1)
@@ -161,7 +170,9 @@ def _pick(values: Shaped[Array, "rows tokens ..."], at: Int[Array, "rows picked"
     return jax.vmap(lambda row, at: row[at])(values, at)
 
 
-def _batch_shards() -> int:
-    """How many devices the rows of a batch are split over on the mesh that is set."""
+def _parts(rows: int) -> int:
+    """Over how many devices so many rows are split on the mesh that is set."""
     mesh = jax.sharding.get_abstract_mesh()
-    return math.prod(mesh.shape.get(axis, 1) for axis in RULES.mesh_axes("batch"))
+    if mesh.empty:
+        return 1
+    return rows // NamedSharding(mesh, spec(RULES, ("batch",), mesh, (rows,))).shard_shape((rows,))[0]

@@ -60,6 +60,12 @@ def test_impossible_settings_are_refused(kind: Any, prefix, settings):
     assert repr(value) in str(caught.value)
 
 
+def test_moments_that_could_not_fall_are_refused():
+    with pytest.raises(ConfigError, match=r"^optimizer.b2 is 0.999; expected at most 0.995 with optimizer.moments bf"):
+        OptimizerConfig(moments="bfloat16")
+    assert OptimizerConfig(moments="bfloat16", b2=0.995).moments == "bfloat16"
+
+
 def test_every_config_of_the_tree_is_sound():
     modules = {"metis_8b": metis_8b, "signs_hdpo": signs_hdpo, "signs_read": signs_read, "signs_sft": signs_sft}
     assert sorted(modules) == sorted(config_names())

@@ -197,9 +197,12 @@ def _matching(folder: epath.Path, tree: PyTree) -> dict[str, jax.ShapeDtypeStruc
     different = sorted(name for name in expected.keys() | saved.keys() if expected.get(name) != saved.get(name))
     if different:
         name = different[0]
+        shapes, saved_shapes = ({name: array[0] for name, array in each.items()} for each in (expected, saved))
+        dtypes_only = saved_shapes == shapes
+        other = "another model.param_dtype or optimizer.moments" if dtypes_only else "another model or optimizer"
         raise SavedRunError(
             f"{folder} holds {_describe(saved.get(name))} for {name}; expected {_describe(expected.get(name))} "
-            f"({len(different)} arrays differ): the run was saved with another model or optimizer"
+            f"({len(different)} arrays differ): the run was saved with {other}"
         )
     return target
 

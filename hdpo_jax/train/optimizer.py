@@ -16,8 +16,9 @@ from hdpo_jax.config import OptimizerConfig
 def make_optimizer(config: OptimizerConfig, total_steps: int, params: PyTree) -> optax.GradientTransformation:
     """Clipping to a global norm, then AdamW or Muon. Of `params`, abstract or not, only shapes and axis names are read.
 
-    `total_steps` counts optimizer steps (a rollout step takes one a mini-batch). The state is fp32 whatever the
-    parameters are. Weight decay is decoupled and falls on every parameter, as in the paper's run.
+    `total_steps` counts optimizer steps (a rollout step takes one a mini-batch). The arithmetic is fp32 whatever the
+    parameters are; the moments are kept in `config.moments`, rounded to the nearest. Weight decay is decoupled and
+    falls on every parameter, as in the paper's run.
     """
     adam_rate = learning_rate_schedule(config, config.learning_rate, total_steps)
     if config.name == "adamw":
@@ -33,7 +34,7 @@ def make_optimizer(config: OptimizerConfig, total_steps: int, params: PyTree) ->
             adam_learning_rate=adam_rate,
             muon_weight_dimension_numbers=_matrices(params),
         )
-    return _in_float32(optax.chain(optax.clip_by_global_norm(config.clip_norm), rule))
+    return _in_float32(optax.chain(optax.clip_by_global_norm(config.clip_norm), rule), jnp.dtype(config.moments))
 
 
 def learning_rate_schedule(config: OptimizerConfig, peak: float, total_steps: int) -> optax.Schedule:
@@ -78,16 +79,28 @@ def _matrix_axes(axes: tuple[str | None, ...], dimensions: int) -> MuonDimension
     return None
 
 
-def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`inner` with fp32 state and arithmetic for parameters of any dtype."""
+def _in_float32(inner: optax.GradientTransformation, moments: jnp.dtype) -> optax.GradientTransformation:
+    """`inner` with fp32 arithmetic for parameters of any dtype, and its moments kept in a dtype of their own."""
 
     def to_float32(tree: PyTree) -> PyTree:
         return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
 
     def init(params: PyTree) -> optax.OptState:
-        return inner.init(to_float32(params))
+        return _with_moments(inner.init(to_float32(params)), moments)
 
     def update(updates: PyTree, state: optax.OptState, params: PyTree | None = None) -> tuple[PyTree, optax.OptState]:
-        return inner.update(to_float32(updates), state, to_float32(params))
+        state = _with_moments(state, jnp.dtype(jnp.float32))
+        updates, state = inner.update(to_float32(updates), state, to_float32(params))
+        return updates, _with_moments(state, moments)
 
     return optax.GradientTransformation(init, update)
+
+
+def _with_moments(state: optax.OptState, dtype: jnp.dtype) -> optax.OptState:
+    """`state` with its moments in `dtype`: what stands in the fields `mu` and `nu` of optax's states."""
+    fields = {jax.tree_util.GetAttrKey("mu"), jax.tree_util.GetAttrKey("nu")}
+
+    def cast(path: tuple, leaf: Array) -> Array:
+        return leaf if fields.isdisjoint(path) else leaf.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, state)

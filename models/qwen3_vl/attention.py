@@ -5,10 +5,12 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from models.qwen3_vl import splash
 from models.qwen3_vl.cache import KVCache, SharedPages, by_lane
+from models.qwen3_vl.layers import ATTENTION
 from models.qwen3_vl.visibility import Visibility
 from sharding import constrain, shards
 
@@ -45,12 +47,13 @@ def attention(
     """
     if kernel == "splash" and splash.takes(queries.shape[1], keys.shape[2]):
         return splash.splash_attention(queries, keys, values, visibility, heads_axis=heads_axis)
+    attend = dense_attention if visibility.query_index is None else causal_attention
     if shards("tokens") > 1:
         # Each device looks from its own tokens at all of the row.
         queries = constrain(queries, "batch", "tokens", heads_axis, None)
         keys, values = (constrain(each, "batch", heads_axis, None, None) for each in (keys, values))
-        return dense_attention(queries, keys, values, visibility)
-    return (dense_attention if visibility.query_index is None else causal_attention)(queries, keys, values, visibility)
+        attend = dense_attention
+    return checkpoint_name(attend(queries, keys, values, visibility), ATTENTION)
 
 
 def dense_attention(

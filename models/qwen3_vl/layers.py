@@ -8,10 +8,16 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-Remat = Literal["full", "nothing"]
+Remat = Literal["nothing", "full", "save_attention", "offload"]
+"""What the backward pass computes anew. nothing: all that it needs is kept. full: all but what passes from layer to
+layer. save_attention: the same, but what attention gives is kept, too. offload: as full, and what is kept waits in host
+memory."""
+ATTENTION, LAYER_INPUT = "attention", "layer_input"
+"""Names (`checkpoint_name`) by which arrays are kept."""
 LayerT = TypeVar("LayerT", bound=nnx.Module)
 Carry = TypeVar("Carry")
 
@@ -117,7 +123,7 @@ def scan(
     """carry = body(layer, carry, x) through a stack of layers (those in `span`) and the leading axis of `xs`.
 
     Layers that stand apart, in a list, are written out one after another; that is for inference, and `remat` is moot.
-    remat "full" keeps only what passes from layer to layer and computes the inside again in the backward pass.
+    `remat` says what of the layers' inside is kept for the backward pass.
     """
     if isinstance(layers, nnx.List):
         for number, layer in enumerate(list(layers)[span]):
@@ -129,8 +135,27 @@ def scan(
 
     def step(carry: Carry, inputs: tuple[Any, Any]) -> tuple[Carry, None]:
         layer_params, x = inputs
+        if remat == "offload":
+            carry = jax.tree.map(lambda array: checkpoint_name(array, LAYER_INPUT), carry)
         return body(nnx.merge(graphdef, layer_params), carry, x), None
 
-    if remat == "full":
-        step = jax.checkpoint(step, prevent_cse=False)
+    if remat != "nothing":
+        step = jax.checkpoint(step, prevent_cse=False, policy=_kept(remat))
     return jax.lax.scan(step, carry, (params, xs))[0]
+
+
+def _kept(remat: Remat) -> Callable[..., Any]:
+    """The policy of `jax.checkpoint`, which keeps a layer's inputs whatever it says, unless it sends them elsewhere."""
+    policies = jax.checkpoint_policies
+    match remat:
+        case "save_attention":
+            return policies.save_only_these_names(ATTENTION)
+        case "offload":
+            return policies.save_and_offload_only_these_names(
+                names_which_can_be_saved=[],
+                names_which_can_be_offloaded=[LAYER_INPUT],
+                offload_src="device",
+                offload_dst="pinned_host",
+            )
+        case _:
+            return policies.nothing_saveable

@@ -21,14 +21,13 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel im
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 from jaxtyping import Array, Bool, Float, Int
 
+from models.qwen3_vl.layers import ATTENTION
 from models.qwen3_vl.visibility import Visibility
 from sharding import RULES, shards, spec
 
 BLOCKS = (1024, 512, 256, 128)
 """Queries or keys of a block: the largest of these that divides the rows."""
 LANES = 128
-OUTPUT = "attention_output"
-"""The name by which a rematerialisation policy knows what the kernel returns."""
 
 RowKernel = Callable[..., Any]
 """Queries, keys and values of a row, heads first -> what the queries get."""
@@ -166,7 +165,7 @@ def _kernel(
         save_residuals=False,
         mask_value=DEFAULT_MASK_VALUE,
         attn_logits_soft_cap=None,
-        residual_checkpoint_name=OUTPUT,
+        residual_checkpoint_name=ATTENTION,
         mask_function=None,
         interpret=interpret,
     )

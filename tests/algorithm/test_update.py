@@ -372,6 +372,18 @@ def test_accumulation_never_computes_what_lies_outside():
     assert float(tally.sums["value"]) == 0.0 and grads["w"].tolist() == [0.0, 0.0]
 
 
+def test_gradients_of_bfloat16_parameters_add_up_in_float32():
+    """300 ones are 300. In bfloat16 256 + 1 = 256: they would add up to 256."""
+
+    def loss(params, micro):
+        value = (params["w"] * micro["x"]).sum()
+        return value.astype(jnp.float32), Tally(sums={}, maxima={})
+
+    params, micro_batches = {"w": jnp.ones(2, jnp.bfloat16)}, {"x": jnp.ones((300, 2), jnp.bfloat16)}
+    _, grads = jax.jit(lambda: accumulate(loss, params, micro_batches, start=0, stop=300))()
+    assert grads["w"].dtype == jnp.float32 and grads["w"].tolist() == [300.0, 300.0]
+
+
 def test_greedy_sampling_can_not_be_learned_from():
     with pytest.raises(ValueError, match="temperature is 0"):
         make_update(fresh_state()[0], OPTIMIZER, HDPO, temperature=0.0)

@@ -1,11 +1,15 @@
 """Log-probabilities in blocks are those of all logits at once, with their gradients."""
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from models.logprobs import token_logprobs, token_logprobs_and_entropy
+from sharding import make_mesh, named_sharding
 
 FORBIDDEN = jnp.zeros(23, bool).at[jnp.array([0, 7])].set(True)
 
@@ -71,6 +75,47 @@ def test_hand_computed():
     np.testing.assert_allclose(found.logprobs, np.log(2 / 3), atol=1e-6)
     np.testing.assert_allclose(found.entropy, 0.6365142, atol=1e-6)
     np.testing.assert_allclose(token_logprobs(jnp.ones((1, 1)), head, jnp.array([1])), np.log(2 / 8), atol=1e-6)
+
+
+@pytest.mark.parametrize("axes", [{"data": 2, "fsdp": 4}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+def test_eight_devices_add_up_the_heads_gradient_once(axes):
+    """The same numbers as on one; within a loop no device waits for what all rows say of the head, block by block."""
+    keys = jax.random.split(jax.random.key(1), 3)
+    hidden, head = jax.random.normal(keys[0], (8, 32, 16)), jax.random.normal(keys[1], (16, 256))
+    targets = jax.random.randint(keys[2], (8, 32), 0, 256)
+
+    def loss(hidden, head):
+        return token_logprobs(hidden, head, targets, block=16).sum()
+
+    gradient = jax.value_and_grad(loss, argnums=(0, 1))
+    mesh = make_mesh(axes)
+    places = named_sharding(mesh, "batch", "tokens", None), named_sharding(mesh, "embed", "vocab")
+    with jax.set_mesh(mesh):
+        program = jax.jit(gradient, in_shardings=places, out_shardings=(None, places)).lower(hidden, head).compile()
+    found = program(*jax.device_put((hidden, head), places))
+    for eight, one in zip(jax.tree.leaves(found), jax.tree.leaves(jax.jit(gradient)(hidden, head)), strict=True):
+        np.testing.assert_allclose(eight, one, rtol=1e-5, atol=1e-5)
+    text = program.as_text()
+    assert text is not None
+    if "tensor" in axes:
+        # A block's sums over the vocabulary, at most its hidden states' gradients: 2 x 8 tokens a device, 16 wide.
+        # The head's gradient would be 16 x 128.
+        assert max(map(math.prod, told_in_loops(text))) == 2 * 8 * 16
+    else:
+        assert told_in_loops(text) == []
+
+
+def told_in_loops(program: str) -> list[tuple[int, ...]]:
+    """Shapes of what the bodies of a compiled program's loops tell other devices."""
+    bodies = set(re.findall(r"body=(%[\w.-]+)", program))
+    shapes, at = [], ""
+    for line in program.splitlines():
+        if line[:1] in ("%", "E"):
+            at = line.split()[0]
+        sent = re.search(r"= (.+?) (?:all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)", line)
+        if sent and at in bodies:
+            shapes += [tuple(map(int, dims.split(","))) for dims in re.findall(r"\[([\d,]+)\]", sent[1])]
+    return shapes
 
 
 def test_leading_axes_and_bfloat16(arrays):

@@ -1,5 +1,6 @@
 import os
 import signal
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hdpo_jax.algorithm.state import TrainState, abstract_state, init_state
+from hdpo_jax.config import OptimizerConfig
 from hdpo_jax.train.checkpoint import (
     Checkpointer,
     SavedRunError,
@@ -20,6 +22,7 @@ from hdpo_jax.train.checkpoint import (
     load_metadata,
     load_params,
 )
+from hdpo_jax.train.optimizer import make_optimizer
 from sharding import make_mesh
 
 
@@ -162,6 +165,20 @@ def test_other_models_are_refused_in_one_line(tmp_path):
     assert "\n" not in str(e.value)
     with pytest.raises(SavedRunError, match="another model or optimizer"):
         checkpointer.restore_latest(abstract_state(params_of(), optax.sgd(0.1, momentum=0.9)))
+    checkpointer.close()
+
+
+def test_moments_of_another_dtype_are_refused_in_one_line(tmp_path):
+    params, config = params_of(), OptimizerConfig(b2=0.99)
+    one, other = (make_optimizer(replace(config, moments=dtype), 10, params) for dtype in ("bfloat16", "float32"))
+    checkpointer = Checkpointer(tmp_path, keep=1, every=1)
+    checkpointer.save(1, init_state(params, one), {}, {})
+    checkpointer.wait()
+    refusal = r"holds bfloat16\[8\] for .*mu.*; expected float32\[8\] .*another model.param_dtype or optimizer.moments"
+    with pytest.raises(SavedRunError, match=refusal) as e:
+        checkpointer.restore_latest(abstract_state(params, other))
+    assert "\n" not in str(e.value)
+    assert checkpointer.restore_latest(abstract_state(params, one)) is not None
     checkpointer.close()
 
 

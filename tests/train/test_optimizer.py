@@ -106,21 +106,49 @@ def test_muon_steps_each_layers_matrices_on_their_own():
         assert 5e-4 < np.abs(found[name]).max() < 5e-3, name  # Adam's step, of its own learning rate
 
 
+@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_state_is_fp32_and_lies_as_its_parameters(name):
+def test_state_has_its_dtype_and_lies_as_its_parameters(name, moments):
     mesh = make_mesh({"fsdp": 4, "tensor": 2})
     params = params_of(jnp.bfloat16)
     params = jax.device_put(params, param_shardings(params, mesh))
-    optimizer = make_optimizer(OptimizerConfig(name=name), 10, params)
+    optimizer = make_optimizer(OptimizerConfig(name=name, moments=moments, b2=0.99), 10, params)
     state = init_state(params, optimizer)
     assert state_shardings(state) == state_shardings(abstract_state(params, optimizer))
-    for leaf in jax.tree.leaves(state.opt_state):
-        assert leaf.dtype in (jnp.float32, jnp.int32)
-    split = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.shape == (2, 8, 12)]
-    assert split and all(leaf.sharding.shard_shape(leaf.shape) == (2, 2, 6) for leaf in split)
+    places = {str(path[0]): variable[...].sharding for path, variable in nnx.to_flat_state(state.params)}
+    kept: list[str] = []
+    for path, leaf in jax.tree_util.tree_flatten_with_path(state.opt_state)[0]:
+        named = [key.key for key in path if isinstance(key, jax.tree_util.DictKey) and key.key in places]
+        if named:
+            assert leaf.dtype == moments, path
+            assert leaf.sharding == places[named[0]], path
+            kept += named
+        else:  # counts, and the coefficients of Muon's polynomial, which bfloat16 would change
+            assert leaf.dtype in (jnp.float32, jnp.int32) and leaf.sharding.is_fully_replicated, path
+    twice = set(places) if name == "adamw" else set(places) - set(MATRICES)
+    assert sorted(kept) == sorted([*places, *twice])
+    assert not places["up"].is_fully_replicated
 
     grads = grads_of(state.params)
     updates, opt_state = jax.jit(optimizer.update)(grads, state.opt_state, state.params)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(updates))
     moved = optax.apply_updates(state.params, updates)
     assert jax.tree.map(lambda leaf: leaf.dtype, opt_state) == jax.tree.map(lambda leaf: leaf.dtype, state.opt_state)
     assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(moved))
+
+
+def test_moments_in_bfloat16_by_hand():
+    config = OptimizerConfig(learning_rate=0.1, weight_decay=0.0, b1=0.9, b2=0.99, moments="bfloat16")
+    params = {"w": jnp.array([1.0])}
+    optimizer = make_optimizer(config, 10, params)
+    state: Any = optimizer.init(params)
+    first, state = optimizer.update({"w": jnp.array([0.3])}, state, params)
+    assert_updates(first, [-0.1])  # from moments not yet rounded
+    second: Any
+    second, state = optimizer.update({"w": jnp.array([-0.5])}, state, params)
+    # 0.03 and 0.0009 were kept as 0.030029296875 and 0.0009002685546875: 0.02929. Unrounded they would give 0.02932.
+    moment, variance = 0.9 * 0.030029296875 - 0.05, 0.99 * 0.0009002685546875 + 0.01 * 0.25
+    expected = -0.1 * (moment / (1 - 0.9**2)) / np.sqrt(variance / (1 - 0.99**2))
+    np.testing.assert_allclose(second["w"], [expected], rtol=1e-5)
+    kept = {str(leaf.dtype) for leaf in jax.tree.leaves(state) if leaf.dtype != jnp.int32}
+    assert kept == {"bfloat16"}
