@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from models.qwen3_vl.pixels import load_image, read_image_file
+from models.qwen3_vl.pixels import load_image
 from models.qwen3_vl.processing import EncodedPrompt, Processor
+from models.qwen3_vl.sources import read_file
 
 
 class MessagesError(ValueError):
@@ -88,7 +89,7 @@ def _checked(record: Any) -> list[dict[str, Any]]:
 
 def _images(messages: Sequence[Mapping[str, Any]]) -> list[bytes]:
     contents = [message["content"] for message in messages if not isinstance(message["content"], str)]
-    return [read_image_file(part["image"]) for content in contents for part in content if part["type"] == "image"]
+    return [read_file(part["image"], "image") for content in contents for part in content if part["type"] == "image"]
 
 
 def power_of_two(size: int, least: int = 64) -> int:
