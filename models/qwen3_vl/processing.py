@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
 from models.qwen3_vl.config import Qwen3VLConfig
-from models.qwen3_vl.images import EncodedImage
+from models.qwen3_vl.images import EncodedImage, placeholder_ids
 from models.qwen3_vl.pixels import ImageSettings, PatchSettings, encode_image, load_image
 from models.qwen3_vl.processor_files import read_image_settings, read_json, read_tokenizer, read_video_settings
 from models.qwen3_vl.video import EncodedVideo, Video, VideoSettings, encode_video
@@ -138,13 +138,7 @@ class Processor:
         known = np.fromiter(self._control.get_vocab(with_added_tokens=True).values(), np.int64)
         mask[known[known < len(mask)]] = False
         config = self.config
-        for placeholder in (
-            config.image_token_id,
-            config.video_token_id,
-            config.vision_start_token_id,
-            config.vision_end_token_id,
-        ):
-            mask[placeholder] = True
+        mask[[*placeholder_ids(config), config.vision_start_token_id, config.vision_end_token_id]] = True
         return mask
 
     # Encoding
@@ -311,7 +305,7 @@ class Processor:
         self, ids: Sequence[int], images: Sequence[EncodedImage], videos: Sequence[EncodedVideo] = ()
     ) -> EncodedPrompt:
         """One placeholder an image -> one a feature; one a video -> its times, each before its features."""
-        image_id, video_id = self.config.image_token_id, self.config.video_token_id
+        image_id, video_id = placeholder_ids(self.config)
         flat = _ids(ids)
         for kind, placeholder, given in (("image", image_id, images), ("video", video_id, videos)):
             if (found := np.count_nonzero(flat == placeholder)) != len(given):

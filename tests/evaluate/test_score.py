@@ -15,7 +15,7 @@ from hdpo_jax.evaluate import score
 from hdpo_jax.evaluate.messages import MessagesError
 from hdpo_jax.evaluate.score import score_file
 from models.qwen3_vl.processing import Processor
-from tests.evaluate.oracle import data_uri, model_inputs, picture, user, write_lines
+from tests.evaluate.oracle import data_uri, model_inputs, picture, user, user_with_videos, write_lines
 
 CONVERSATIONS = [
     [{"role": "user", "content": "What does the sign say?"}, {"role": "assistant", "content": "<answer>AEG</answer>"}],
@@ -25,6 +25,7 @@ CONVERSATIONS = [
     ],
     [{"role": "user", "content": "Read the sign. " * 20}],
     [user("Read the sign.", data_uri(picture(64, 64, 2)))],
+    [user_with_videos()],
 ]
 
 
