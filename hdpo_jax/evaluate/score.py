@@ -19,7 +19,7 @@ from hdpo_jax.files import replacing
 from hdpo_jax.train.policy import load_policy
 from models.logprobs import token_logprobs
 from models.qwen3_vl import PackedImages, Qwen3VLConfig
-from models.qwen3_vl.images import feature_indices, mrope_positions, pack_images
+from models.qwen3_vl.images import feature_indices, mrope_positions, pack_images, placeholder_ids
 from models.qwen3_vl.processing import EncodedPrompt, Processor
 from sharding import MeshAxes, shard_batch
 
@@ -107,7 +107,7 @@ def pack_rows(
         packed.targets[row, : length - 1] = prompt.token_ids[1:]
         packed.positions[row, :length], _ = mrope_positions(prompt.token_ids, grids, config)
         packed.segment_ids[row, :length] = 1
-        features[row, :length] = feature_indices(prompt.token_ids, config.image_token_id)
+        features[row, :length] = feature_indices(prompt.token_ids, *placeholder_ids(config))
     if not patches:
         return packed
     images = [prompt.images for prompt in prompts] + [()] * (rows - len(prompts))

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 
 from hdpo_jax.types import PackedRows, Trajectory
 from models.qwen3_vl import EncodedImage, Qwen3VLConfig
-from models.qwen3_vl.images import mrope_positions, pack_images
+from models.qwen3_vl.images import mrope_positions, pack_images, placeholder_ids
 
 
 class PackingError(ValueError):
@@ -203,7 +203,7 @@ def fill_rows(
                 segment_ids[r, at] = number
                 prefix_ids[r, at] = prefix_number or number
                 if segment.images:
-                    places = np.flatnonzero(segment.token_ids == config.image_token_id) + cursor
+                    places = np.flatnonzero(np.isin(segment.token_ids, placeholder_ids(config))) + cursor
                     feature_index[r, places] = features + np.arange(len(places))
                     features += segment.patches // merge
                     images[r].extend(segment.images)

@@ -45,7 +45,7 @@ class ConversationEncoder:
 
     def _encode(self, conversation: Conversation) -> EncodedConversation:
         images = [load_image(image) for image in conversation.images]
-        return encode_conversation(conversation.messages, images, self._processor)
+        return encode_conversation(conversation.messages, images, conversation.videos, self._processor)
 
     def problem(self, conversation: Conversation) -> str | None:
         """Why the conversation can not be learned, in words; None where it can."""

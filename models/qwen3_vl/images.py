@@ -101,6 +101,11 @@ def feature_indices(token_ids: Int[np.ndarray, " tokens"], *placeholder_ids: int
     return np.where(is_placeholder, np.cumsum(is_placeholder) - 1, -1).astype(np.int32)
 
 
+def placeholder_ids(config: Qwen3VLConfig) -> tuple[int, int]:
+    """The tokens in whose places features stand, of images and of videos."""
+    return config.image_token_id, config.video_token_id
+
+
 def mrope_positions(
     token_ids: Int[np.ndarray, " tokens"], grids: Sequence[Grid], config: Qwen3VLConfig, start: int = 0
 ) -> tuple[Int[np.ndarray, "tokens 3"], int]:
@@ -113,7 +118,7 @@ def mrope_positions(
     """
     merge = config.vision.spatial_merge_size
     token_ids = np.asarray(token_ids)
-    placeholders = np.flatnonzero(np.isin(token_ids, (config.image_token_id, config.video_token_id)))
+    placeholders = np.flatnonzero(np.isin(token_ids, placeholder_ids(config)))
     sizes = [frames * (height // merge) * (width // merge) for frames, height, width in grids]
     if sum(sizes) != len(placeholders):
         raise ValueError(f"the text holds {len(placeholders)} image tokens; its {len(grids)} images need {sum(sizes)}")
