@@ -168,9 +168,13 @@ class ExportHF:
 
     def run(self) -> None:
         from hdpo_jax.evaluate.convert import export_hf
+        from sharding.multihost import is_lead
+        from sharding.watch import job
 
-        export_hf(self.checkpoint, self.output, self.dtype)
-        print(self.output)
+        with job():
+            export_hf(self.checkpoint, self.output, self.dtype)
+            if is_lead():
+                print(self.output)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,12 +227,15 @@ def _train(name: str, flags: Sequence[str]) -> None:
         raise ConfigError(f"{program}: a config comes first. {choices}")
     path, *overrides = flags
     config = parse_flags(kind, overrides, program=f"hdpo {name} {path}", default=load_config(path, kind))
-    if isinstance(config, SFTConfig):
-        from hdpo_jax.train.sft import train_sft
+    from sharding.watch import job
 
-        result = train_sft(config)
-    else:
-        from hdpo_jax.train.rl import train_rl
+    with job():
+        if isinstance(config, SFTConfig):
+            from hdpo_jax.train.sft import train_sft
 
-        result = train_rl(config)
+            result = train_sft(config)
+        else:
+            from hdpo_jax.train.rl import train_rl
+
+            result = train_rl(config)
     result.require_finished(config.output)
