@@ -49,7 +49,7 @@ def job() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if _of_a_collective(error):
+        if _of_a_program(error):
             # Somebody's end is why it failed: who that was is what there is to say, and the watch is about to know.
             time.sleep(PATIENCE_SECONDS + 2 * BEAT_SECONDS)
         watch.leave(gave_up=f"{type(error).__name__}: {error}")
@@ -148,9 +148,10 @@ def _exit_soon(*, lead: bool) -> None:
     timer.start()
 
 
-def _of_a_collective(error: BaseException) -> bool:
-    """Whether a program failed, other than for want of memory."""
-    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error)
+def _of_a_program(error: BaseException) -> bool:
+    """Whether XLA says it, whose words begin with a status whatever class JAX gives them; not for want of memory."""
+    status = str(error).partition(": ")[0]
+    return isinstance(error, RuntimeError | ValueError) and status.isupper() and status != "RESOURCE_EXHAUSTED"
 
 
 def _on_abort(handler: Any) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 SCHEDULERS = ("JAX_", "SLURM_", "OMPI_", "TPU_", "MEGASCALE_")
 
-CACHE = ("JAX_COMPILATION_CACHE", "JAX_PERSISTENT_CACHE")
+CACHE = ("JAX_COMPILATION_CACHE", "JAX_PERSISTENT_CACHE", "JAX_SHARE_BINARY")
 
 
 def start_job(command: Sequence[str], *, processes: int = 2, devices: int = 1) -> list[subprocess.Popen[str]]:
@@ -48,9 +48,13 @@ def ended(workers: Sequence[subprocess.Popen[str]], seconds: float) -> list[tupl
     try:
         outputs = [worker.communicate(timeout=seconds) for worker in workers]
     finally:
-        for worker in workers:
-            worker.kill()
+        end(workers)
     return [(worker.returncode, *output) for worker, output in zip(workers, outputs, strict=True)]
+
+
+def end(workers: Sequence[subprocess.Popen[str]]) -> None:
+    for worker in workers:
+        worker.kill()
 
 
 def free_port() -> int:
