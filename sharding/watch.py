@@ -66,6 +66,7 @@ class _Watch:
         self._me, self._count = global_state.process_id, global_state.num_processes
         self._lock = threading.Lock()
         self._told = 0
+        self._last_words: dict[str, Any] = {}
         self._said: dict[int, dict[str, Any]] = {number: {"host": None} for number in range(self._count)}
         # Counted in the judge's own seconds: one that was stopped itself has not been waiting for the others.
         self._silent = dict.fromkeys(range(self._count), 0)
@@ -80,15 +81,17 @@ class _Watch:
     def leave(self, *, gave_up: str | None) -> None:
         """Nobody waits for this process any more; the others hear what it `gave_up` for (None: it is done)."""
         self._left.set()
+        self._last_words = {"left": True, "gave_up": gave_up}
         with contextlib.suppress(jax.errors.JaxRuntimeError):
-            self._tell(left=True, gave_up=gave_up)
+            self._tell()
         if self._me:
             _on_abort(None)
 
-    def _tell(self, **more: Any) -> None:
+    def _tell(self) -> None:
         with self._lock:
             self._told += 1
-            beat = {"beat": self._told, "host": socket.gethostname(), **more}
+            # With the last words once there are any: a beat that was on its way does not take them back.
+            beat = {"beat": self._told, "host": socket.gethostname(), **self._last_words}
             self._client.key_value_set(f"{_FOLDER}/{self._me}", json.dumps(beat), allow_overwrite=True)
 
     def _talk(self) -> None:

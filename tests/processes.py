@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 SCHEDULERS = ("JAX_", "SLURM_", "OMPI_", "TPU_", "MEGASCALE_")
 
-CACHE = ("JAX_COMPILATION_CACHE", "JAX_PERSISTENT_CACHE", "JAX_SHARE_BINARY")
+CACHE = ("JAX_COMPILATION_CACHE", "JAX_PERSISTENT_CACHE")
 
 
 def start_job(command: Sequence[str], *, processes: int = 2, devices: int = 1) -> list[subprocess.Popen[str]]:

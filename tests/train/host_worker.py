@@ -11,6 +11,7 @@ import optax
 from flax import nnx
 
 from hdpo_jax.algorithm.state import TrainState, abstract_state
+from hdpo_jax.evaluate.convert import export_hf
 from hdpo_jax.train.checkpoint import Checkpointer
 from models.qwen3_vl import huggingface, load_hf, save_hf, shards
 from sharding import make_mesh
@@ -54,22 +55,28 @@ def restored(directory: Path, mesh: jax.sharding.Mesh, model: Path) -> TrainStat
     return found[1]
 
 
-def save(state: TrainState, directory: Path, place: int) -> None:
+def save(state: TrainState, directory: Path, model: Path, place: int) -> None:
+    """A checkpoint of a run that started from `model`, by a process that found the row `place` torn."""
     checkpoints = Checkpointer(directory, keep=1, every=1)
-    checkpoints.save(1, state, {"batches": 3, "bad": [["a", place, "torn"]]}, {})
+    checkpoints.keep_base(model)
+    metadata = {"config": {"model": {"param_dtype": "float32"}}}
+    checkpoints.save(1, state, {"batches": 3, "bad": [["a", place, "torn"]]}, metadata)
     checkpoints.close()
 
 
 def main(directory: Path, max_shard_bytes: int) -> None:
     with job():
         mesh, me, meter = make_mesh({"fsdp": 8}), jax.process_index(), Meter()
-        model = load_hf(directory / "model", mesh, param_dtype=jnp.float32)
-        read = meter.read
-        save_hf(model, directory / "four", base=directory / "model", max_shard_bytes=max_shard_bytes)
-        state = restored(directory / "by_one", mesh, directory / "model")
-        held = sum(part.data.nbytes for leaf in jax.tree.leaves(state) for part in leaf.addressable_shards)
-        save(state, directory / "by_four", me)
-        print(json.dumps({"read": read, "files": meter.files, "left": meter.gathered, "held": held}), flush=True)
+        base = directory / "model"
+        model = load_hf(base, mesh, param_dtype=jnp.float32)
+        seen: dict[str, Any] = {"read": meter.read}
+        save_hf(model, directory / "four", base=base, max_shard_bytes=max_shard_bytes)
+        seen |= {"files": list(meter.files), "left": meter.gathered}
+        state = restored(directory / "by_one" / "checkpoints", mesh, base)
+        seen["held"] = sum(part.data.nbytes for leaf in jax.tree.leaves(state) for part in leaf.addressable_shards)
+        save(state, directory / "by_four" / "checkpoints", base, me)
+        export_hf(directory / "by_four", directory / "by_four" / "hf")
+        print(json.dumps(seen), flush=True)
 
 
 if __name__ == "__main__":

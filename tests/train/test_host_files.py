@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 
 from hdpo_jax.algorithm.state import TrainState, init_state
 from hdpo_jax.data.pipeline import joined
+from hdpo_jax.evaluate.convert import export_hf
 from hdpo_jax.train.checkpoint import Checkpointer
 from models.qwen3_vl import load_hf, save_hf
 from sharding import make_mesh
@@ -34,7 +35,7 @@ def original(task, tmp_path_factory) -> tuple[Path, TrainState]:
     state = init_state(nnx.split(load_hf(directory / "model", mesh, param_dtype=jnp.float32))[1], OPTIMIZER)
     moments = jax.tree.map(lambda leaf: leaf + 1 if leaf.ndim else leaf + 3, state.opt_state)
     state = state._replace(opt_state=moments)
-    save(state, directory / "by_one", 0)
+    save(state, directory / "by_one" / "checkpoints", directory / "model", 0)
     return directory, state
 
 
@@ -85,20 +86,23 @@ def test_a_state_goes_from_one_process_to_four_and_back_onto_another_mesh(origin
     """Parameters and moments, from data 2 x fsdp 2 x tensor 2 to fsdp 8 and back; each held a quarter on the way."""
     directory, state = original
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-    back = restored(directory / "by_four", mesh, directory / "model")
+    back = restored(directory / "by_four" / "checkpoints", mesh, directory / "model")
     leaves, expected = jax.tree.leaves(back), jax.tree.leaves(state)
     assert len(leaves) == len(expected)
     for found, wanted in zip(leaves, expected, strict=True):
         assert found.sharding.is_equivalent_to(wanted.sharding, found.ndim)
         np.testing.assert_array_equal(np.asarray(found), np.asarray(wanted))
+    export_hf(directory / "by_one", directory / "by_one" / "hf")
+    file = Path("hf") / "model.safetensors"
+    assert (directory / "by_one" / file).read_bytes() == (directory / "by_four" / file).read_bytes()
     whole = sum(leaf.nbytes for leaf in expected)
     assert all(one["held"] < 0.3 * whole for one in seen)
 
 
 def test_the_place_in_the_data_is_one_for_all_that_saved_it(original, seen):
     directory, state = original
-    checkpoints = Checkpointer(directory / "by_four", keep=1, every=1)
-    found = checkpoints.restore_latest(jax.tree.map(lambda leaf: leaf, state))
+    checkpoints = Checkpointer(directory / "by_four" / "checkpoints", keep=1, every=1)
+    found = checkpoints.restore_latest(state)
     checkpoints.close()
     assert found is not None
     assert joined(found[2]) == {"batches": 3, "bad": [["a", number, "torn"] for number in range(4)]}
