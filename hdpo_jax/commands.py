@@ -168,9 +168,13 @@ class ExportHF:
 
     def run(self) -> None:
         from hdpo_jax.evaluate.convert import export_hf
+        from sharding.multihost import is_lead
+        from sharding.watch import job
 
-        export_hf(self.checkpoint, self.output, self.dtype)
-        print(self.output)
+        with job():
+            export_hf(self.checkpoint, self.output, self.dtype)
+            if is_lead():
+                print(self.output)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,15 +232,20 @@ def _run_config(name: str, flags: Sequence[str]) -> None:
     as_json = name == "plan" and "--json" in overrides
     overrides = [flag for flag in overrides if not (as_json and flag == "--json")]
     config = parse_flags(kind, overrides, program=f"hdpo {name} {path}", default=load_config(path, kind))
-    if isinstance(config, SFTConfig):
-        from hdpo_jax.train.sft import train_sft
-
-        train_sft(config).require_finished(config.output)
-    elif name == "plan":
+    if name == "plan":
         from hdpo_jax.plan.command import PLANS, plan
 
         plan(config, as_json=as_json, cache=PLANS)
-    else:
-        from hdpo_jax.train.rl import train_rl
+        return
+    from sharding.watch import job
 
-        train_rl(config).require_finished(config.output)
+    with job():
+        if isinstance(config, SFTConfig):
+            from hdpo_jax.train.sft import train_sft
+
+            result = train_sft(config)
+        else:
+            from hdpo_jax.train.rl import train_rl
+
+            result = train_rl(config)
+    result.require_finished(config.output)

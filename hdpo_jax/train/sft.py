@@ -18,6 +18,7 @@ from hdpo_jax.train.loop import RunResult, host_batches, train
 from hdpo_jax.train.optimizer import make_optimizer
 from hdpo_jax.train.policy import load_policy
 from models.qwen3_vl.processing import Processor, load_image
+from sharding.multihost import agree, together
 from sharding.rules import shard_batch
 
 FIGURES = {"loss/total": "loss", "optimizer/grad_norm": "grad norm"}
@@ -58,7 +59,7 @@ class ConversationEncoder:
 
 def train_sft(config: SFTConfig, *, title: str = "sft") -> RunResult:
     """Runs, or goes on with, the supervised run that `config` describes."""
-    policy = load_policy(config.model, config.mesh)
+    policy = load_policy(config.model, config.mesh, together=True)
     row = RowShape(config.train.row_tokens, config.train.row_patches)
     encode = ConversationEncoder(policy.processor, row, config.data.cache_mb)
     pack = RowBatcher(config.train, policy.model.config, patch_dtype=policy.model.dtype)
@@ -71,8 +72,10 @@ def train_sft(config: SFTConfig, *, title: str = "sft") -> RunResult:
     def step(
         state: TrainState, conversations: Sequence[Conversation], number: int
     ) -> tuple[TrainState, Mapping[str, Any]]:
-        rows, micro_batches = pack([[encode(conversation) for conversation in conversations]])
-        padding = padding_share(rows, micro_batches)
+        with together():
+            families = [encode(conversation) for conversation in conversations]
+        rows, micro_batches = pack([families])
+        padding = float(agree(np.asarray(padding_share(rows, micro_batches))).mean())
         used: Any = np.int32(micro_batches[0])
         rows = shard_batch(jax.tree.map(lambda leaf: leaf[0], rows), policy.mesh, axis=1)
         batch = SupervisedBatch(rows, used)

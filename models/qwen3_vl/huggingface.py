@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,18 +19,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
-from safetensors.numpy import save_file
 
 from models.qwen3_vl.attention import kernel_for
 from models.qwen3_vl.config import Qwen3VLConfig
 from models.qwen3_vl.layers import Remat
 from models.qwen3_vl.model import Qwen3VL
-from models.qwen3_vl.stored import INDEX, CheckpointError, StoredTensor, read_json, stored_tensors
+from models.qwen3_vl.shards import on_host, write_files
+from models.qwen3_vl.stored import CheckpointError, StoredTensor, read_json, stored_tensors
 from sharding import param_shardings
-from sharding.multihost import barrier, is_lead
+from sharding.multihost import gather, is_lead, together
 
 WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
 StatePath = tuple[str | int, ...]
@@ -250,8 +249,9 @@ def save_hf(
 
     base: the directory the model came from; its tokenizer, processor and other small files are copied.
     dtype: of the tensors written; by default that of the base's tensors, or else that of the parameters.
-    Written beside `directory` first and then renamed: nothing half-written stays. All processes must call it, one
-    writes. Raises CheckpointError where `base` describes another model or `directory` holds something else.
+    Written beside `directory` first and then renamed: nothing half-written stays. All processes of a job call it, on a
+    file system that all of them see; each holds a file's worth of tensors at most, `max_shard_bytes`.
+    Raises CheckpointError where `base` describes another model or `directory` holds something else.
     """
     directory = Path(directory)
     places = tensor_places(model.config)
@@ -269,24 +269,34 @@ def save_hf(
     dtypes = {name: np.dtype(dtype) if dtype else _stored_dtype(stored, name, model) for name in places}
     _set_dtype(config, dtypes["model.language_model.embed_tokens.weight"])
 
-    tensors = file_tensors(model, places, dtypes)
-    if not is_lead():
-        for _ in tensors:
-            pass
-        barrier("save_hf")
-        return
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    sizes = {name: math.prod(place.shape) * dtypes[name].itemsize for name, place in places.items()}
+    with _written_beside(directory) as partial:
+        with together():
+            if is_lead():
+                if base is not None:
+                    _copy_companions(Path(base), partial)
+                (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        write_files(partial, sizes, file_tensors(model, places, dtypes), max_shard_bytes)
+
+
+@contextlib.contextmanager
+def _written_beside(directory: Path) -> Iterator[Path]:
+    """A folder for all processes to write to, which takes the place of `directory` once they have; or goes away."""
+    partial = None
+    with together():
+        if is_lead():
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+            partial.chmod(0o755)
+    partial = directory.parent / gather(partial and partial.name)[0]
     try:
-        partial.chmod(0o755)
-        if base is not None:
-            _copy_companions(Path(base), partial)
-        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        _write_shards(partial, tensors, places, dtypes, max_shard_bytes)
-        _replace(directory, partial)
+        yield partial
+        with together():
+            if is_lead():
+                _replace(directory, partial)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    barrier("save_hf")
+        if is_lead():
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _stored_dtype(stored: Mapping[str, StoredTensor], name: str, model: Qwen3VL) -> np.dtype:
@@ -304,42 +314,17 @@ def _set_dtype(config: dict[str, Any], dtype: np.dtype) -> None:
 
 def file_tensors(
     model: Qwen3VL, places: Mapping[str, TensorPlace], dtypes: Mapping[str, np.dtype]
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor as the file holds it, one at a time in host memory."""
+) -> Callable[[str, bool], np.ndarray | None]:
+    """What gives each tensor as the file holds it, by name, where it is wanted; see `shards.on_host`."""
     params = nnx.to_flat_state(nnx.state(model, nnx.Param))
     arrays = {path: variable[...] for path, variable in params}
-    for name, place in places.items():
-        array = arrays[place.path] if place.layer is None else arrays[place.path][place.layer]
-        if not array.is_fully_addressable:
-            array = multihost_utils.process_allgather(array, tiled=True)
-        yield name, np.ascontiguousarray(_to_file(np.asarray(array), place).astype(dtypes[name]))
 
+    def tensor(name: str, wanted: bool) -> np.ndarray | None:
+        place = places[name]
+        found = on_host(arrays[place.path], () if place.layer is None else (place.layer,), dtypes[name], wanted)
+        return None if found is None else np.ascontiguousarray(_to_file(found, place))
 
-def _write_shards(
-    directory: Path,
-    tensors: Iterator[tuple[str, np.ndarray]],
-    places: Mapping[str, TensorPlace],
-    dtypes: Mapping[str, np.dtype],
-    max_bytes: int,
-) -> None:
-    """model.safetensors, or numbered files and their index where one file would be larger than `max_bytes`."""
-    sizes = {name: math.prod(place.shape) * dtypes[name].itemsize for name, place in places.items()}
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name, size in sizes.items():
-        if shards[-1] and filled + size > max_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
-    weight_map = {}
-    for number, names in enumerate(shards, start=1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        save_file(dict(next(tensors) for _ in names), directory / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(names, file)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    return tensor
 
 
 def _replaceable(directory: Path) -> bool:

@@ -185,7 +185,7 @@ def test_nothing_half_written_stays(directory, tmp_path, monkeypatch):
     def full(*_args, **_kwargs):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("models.qwen3_vl.huggingface.save_file", full)
+    monkeypatch.setattr("models.qwen3_vl.shards.save_file", full)
     for target in (tmp_path / "new", directory):
         with pytest.raises(OSError, match="no space left"):
             save_hf(model, target, base=directory)
