@@ -32,7 +32,7 @@ logs=$(mktemp -d "${TMPDIR:-/tmp}/cpu_mesh.XXXXXX")
 echo "cpu_mesh: $processes processes; all but the first write to $logs" >&2
 
 running=()
-tell_all() { kill -s "$1" "${running[@]}" 2>/dev/null || true; }
+tell_all() { if ((${#running[@]})); then kill -s "$1" "${running[@]}" 2>/dev/null || true; fi; }
 # What the next Ctrl-C means.
 signal=TERM
 trap 'tell_all "$signal"; signal=KILL' INT TERM

@@ -139,7 +139,10 @@ keep() {
         echo "$(date +%T) $name: $now"
         case $now in
             NONE) create "$type" ;;
-            FAILED | SUSPENDING | SUSPENDED) resume "$type" "$@" ;;
+            FAILED | SUSPENDED)
+                delete
+                create "$type"
+                ;;
             none*) run "$@" || true ;;
             'exited 0'*) return ;;
             exited*) fail "hdpo ended on $name with status ${now#exited }; see: $0 logs $name" 1 ;;

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A run of `hdpo train` through XPK (pip install xpk), which writes the JobSet itself. Restarts go on from the bucket.
 #   launch/xpk.sh [--dry-run] CLUSTER TYPE CONFIG [FLAG…]
-#   launch/xpk.sh my-cluster v5p-128 metis_30b_a3b_v5p_128 --model.path=/bucket/models/Qwen3-VL-30B-A3B-Instruct
+#   launch/xpk.sh my-cluster v5p-128 metis_30b_a3b_v5p_128 --model.path=/bucket/hf/Qwen3-VL-30B-A3B-Instruct
 # Once a cluster, the bucket: xpk storage attach bucket --type=gcsfuse --bucket=… --mount-point=/bucket --readonly=false
 #   --auto-mount=false --mount-options=metadata-cache:ttl-secs:0,metadata-cache:negative-ttl-secs:0 …
 # --dry-run prints the command. From the environment: PROJECT, ZONE and IMAGE. XPK can not say who runs in a container, and another user than root can

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Prints manifests with ${IMAGE} and ${BUCKET} filled in from the environment.
-#   IMAGE=us-docker.pkg.dev/my-project/hdpo/hdpo BUCKET=my-bucket launch/gke/render.sh launch/gke/v5p.yaml | kubectl apply -f -
+#   IMAGE=REPOSITORY:TAG BUCKET=NAME launch/gke/render.sh launch/gke/v5p.yaml | kubectl apply -f -
 set -euo pipefail
 
 if (($# == 0)); then
-    echo "usage: IMAGE=REPOSITORY BUCKET=NAME $0 FILE…" >&2
+    echo "usage: IMAGE=REPOSITORY:TAG BUCKET=NAME $0 FILE…" >&2
     exit 2
 fi
 for file; do

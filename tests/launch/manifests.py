@@ -4,6 +4,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 GKE = ROOT / "launch" / "gke"
+PROGRAMS = Path(sys.executable).parent
+"""Where packages of the test extra put shellcheck and hadolint."""
 RENDER = GKE / "render.sh"
 SETTINGS = {"IMAGE": "us-docker.pkg.dev/my-project/hdpo/hdpo:abc1234", "BUCKET": "my-bucket"}
 KUBERNETES = "1.34"

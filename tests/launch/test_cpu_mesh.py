@@ -1,5 +1,6 @@
 """launch/cpu_mesh.sh: N processes, one job; one that fails ends it, a signal ends all."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -16,9 +17,21 @@ def start(directory: Path, *arguments: str, patience: int = 60) -> subprocess.Po
     """The script with the sources of this checkout, its logs in `directory`, nothing of another job around."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith((*SCHEDULERS, "XLA_FLAGS"))}
     own = {"PYTHONPATH": str(ROOT), "TMPDIR": str(directory), "CPU_MESH_PATIENCE": str(patience)}
+    # A group of its own: whatever a failing test leaves behind can be ended.
     return subprocess.Popen(
-        [SCRIPT, *arguments], env=clean | own, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [SCRIPT, *arguments],
+        env=clean | own,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        process_group=0,
     )
+
+
+def end(job: subprocess.Popen[str]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(job.pid, signal.SIGKILL)
+    job.wait()
 
 
 def run(directory: Path, *arguments: str, patience: int = 60) -> tuple[int, str]:
@@ -27,7 +40,7 @@ def run(directory: Path, *arguments: str, patience: int = 60) -> tuple[int, str]
     try:
         _, errors = job.communicate(timeout=300)
     finally:
-        job.terminate()
+        end(job)
     return job.returncode, errors
 
 
@@ -93,7 +106,7 @@ os._exit(143)"""
         # Ends only once the second process, which does not listen, is gone.
         _, errors = job.communicate(timeout=60)
     finally:
-        job.kill()
+        end(job)
     assert job.returncode == 143 and "process 0 ended with status 143" in errors
 
 
