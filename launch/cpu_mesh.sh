@@ -63,5 +63,5 @@ while ((${#running[@]})); do
     done
     if [[ -n $failed_at ]] && ((SECONDS - failed_at >= patience)); then tell_all KILL; fi
     sleep 0.2
-done
-exit "$status"
+# In one line with what comes last: bash reads on where it was, and the file may have changed meanwhile.
+done; exit "$status"

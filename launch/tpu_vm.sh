@@ -161,4 +161,5 @@ case $action:$# in
     keep:[2-9]* | keep:1[0-9]*) keep "$@" ;;
     delete:0) delete ;;
     *) usage ;;
-esac
+# In one line: bash reads on where it was, and after days of `keep` the file may have changed.
+esac; exit

@@ -17,15 +17,9 @@ def start(directory: Path, *arguments: str, patience: int = 60) -> subprocess.Po
     """The script with the sources of this checkout, its logs in `directory`, nothing of another job around."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith((*SCHEDULERS, "XLA_FLAGS"))}
     own = {"PYTHONPATH": str(ROOT), "TMPDIR": str(directory), "CPU_MESH_PATIENCE": str(patience)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     # A group of its own: whatever a failing test leaves behind can be ended.
-    return subprocess.Popen(
-        [SCRIPT, *arguments],
-        env=clean | own,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        process_group=0,
-    )
+    return subprocess.Popen([SCRIPT, *arguments], env=clean | own, process_group=0, **pipes)
 
 
 def end(job: subprocess.Popen[str]) -> None:

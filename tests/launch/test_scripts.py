@@ -127,7 +127,7 @@ def test_tpu_vm_keeps_a_run_until_it_is_done(tmp_path: Path):
     for name in ("gcloud", "sleep"):
         (tmp_path / name).chmod(0o755)
     seen = ["NONE", "PROVISIONING", "ACTIVE", "none", "ACTIVE", "unreachable", "unreachable", "ACTIVE", "running 0"]
-    seen += ["SUSPENDED", "PROVISIONING", "ACTIVE", "ACTIVE", "exited 0"]
+    seen += ["SUSPENDED", "PROVISIONING", "ACTIVE", "none", "ACTIVE", "exited 0"]
     (tmp_path / "script").write_text("\n".join(seen) + "\n")
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     outcome = run("tpu_vm.sh", "keep", "a", "v5p-8", "train", "x", PATH=path, CLOUD=str(tmp_path))
