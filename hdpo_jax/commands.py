@@ -232,7 +232,7 @@ def _run_config(name: str, flags: Sequence[str]) -> None:
     as_json = name == "plan" and "--json" in overrides
     overrides = [flag for flag in overrides if not (as_json and flag == "--json")]
     config = parse_flags(kind, overrides, program=f"hdpo {name} {path}", default=load_config(path, kind))
-    if name == "plan":
+    if name == "plan" and isinstance(config, RLConfig):
         from hdpo_jax.plan.command import PLANS, plan
 
         plan(config, as_json=as_json, cache=PLANS)
