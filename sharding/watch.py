@@ -39,7 +39,7 @@ def job() -> Iterator[None]:
     """All that the processes of a job do together. Joins them (`multihost.start`), and watches while it is entered.
 
     Where a process dies, stops, or leaves by an error of its own, the others log one line that names it and exit with
-    status 75 (EX_TEMPFAIL), within 40 seconds. Nothing is watched where there is one process.
+    status 75 (EX_TEMPFAIL), within a minute. Nothing is watched where there is one process.
     """
     multihost.start()
     if not jax.distributed.is_initialized() or global_state.num_processes == 1:
@@ -50,8 +50,7 @@ def job() -> Iterator[None]:
         yield
     except BaseException as error:
         if _of_a_program(error):
-            # Somebody's end is why it failed: who that was is what there is to say, and the watch is about to know.
-            time.sleep(PATIENCE_SECONDS + 2 * BEAT_SECONDS)
+            _let_the_watch_speak()
         watch.leave(gave_up=f"{type(error).__name__}: {error}")
         _exit_soon(lead=not global_state.process_id)
         raise
@@ -73,8 +72,7 @@ class _Watch:
         self._unanswered = 0
         self._left = threading.Event()
         self._tell()
-        if self._me:
-            self._abort = _on_abort(self._coordinator_died)
+        self._abort = _on_abort(self._aborted)
         for work in (self._talk, self._judge):
             threading.Thread(target=work, name="watch", daemon=True).start()
 
@@ -84,8 +82,7 @@ class _Watch:
         self._last_words = {"left": True, "gave_up": gave_up}
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             self._tell()
-        if self._me:
-            _on_abort(None)
+        _on_abort(None)
 
     def _tell(self) -> None:
         with self._lock:
@@ -119,13 +116,18 @@ class _Watch:
                 if not said.get("left") and number != self._me and self._silent[number] > PATIENCE_SECONDS:
                     self._end(number, f"has not been heard of for {PATIENCE_SECONDS} s")
 
-    def _coordinator_died(self) -> None:
-        """Called while JAX aborts this process, as it does at once where it loses the coordinator."""
+    def _aborted(self) -> None:
+        """Called while this process aborts: JAX has it so where it loses the coordinator, Gloo where it loses another.
+
+        Who that was, the watch says within its patience; where it finds nobody gone, the abort was this one's own.
+        """
         host, _, port = str(global_state.coordinator_address).rpartition(":")
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
         except OSError:
             self._end(0, "is gone")
+        _let_the_watch_speak()
+        self.leave(gave_up="it aborted")
 
     def _end(self, number: int, what: str) -> NoReturn:
         host = self._said[number]["host"]
@@ -139,6 +141,11 @@ class _Watch:
         sys.stderr.flush()
         # Not sys.exit: the main thread waits in a program that will never end.
         os._exit(EX_TEMPFAIL)
+
+
+def _let_the_watch_speak() -> None:
+    """Waits where somebody's end may be why a program failed: who that was is what there is to say."""
+    time.sleep(PATIENCE_SECONDS + 2 * BEAT_SECONDS)
 
 
 def _exit_soon(*, lead: bool) -> None:

@@ -18,6 +18,7 @@ LOST = {
     "stops": (1, signal.SIGSTOP, "has not been heard of for 30 s"),
     "coordinates and is killed": (0, signal.SIGKILL, "is gone"),
     "coordinates and stops": (0, signal.SIGSTOP, "has not answered for 30 s"),
+    "aborts": (1, None, "gave up (it aborted)"),
     "fails": (1, None, "gave up (OSError: disk full)"),
 }
 
@@ -72,7 +73,9 @@ def test_the_other_ends_within_a_minute_and_says_why(ends, trouble):
     lost, errors, seconds = ends[trouble][number]
     if how == signal.SIGSTOP:  # once it goes on, it finds that it is alone
         assert lost not in (0, -signal.SIGKILL)
-    elif how is None:
+    elif trouble == "aborts":
+        assert lost == -signal.SIGABRT
+    elif trouble == "fails":
         assert lost == 1 and errors.splitlines()[-1] == "OSError: disk full" and seconds < 60
 
 

@@ -1,6 +1,7 @@
 """One of the processes that test_watch.py starts: meets the others again and again, and may get into trouble."""
 
 import logging
+import os
 import sys
 import time
 
@@ -19,6 +20,8 @@ def main(trouble: str) -> None:
             mine = trouble if jax.process_index() == 1 and number == 20 else ""
             if mine == "fails":
                 raise OSError("disk full")
+            if mine == "aborts":
+                os.abort()
             if mine == "is slow":
                 time.sleep(35)
             if multihost.agree(np.asarray(trouble == "is slow" and number == 40)).any():

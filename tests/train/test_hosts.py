@@ -20,8 +20,8 @@ from tests.updates import assert_learned_the_same
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
-EIGHT = ("--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2")
-SMALL = ("--train.mini-batches", "1", "--train.micro-batch-rows", "4", "--model.remat", "nothing")
+EIGHT = ("--mesh.data", "2", "--mesh.fsdp", "4")
+SMALL = ("--train.mini-batches", "1", "--train.micro-batch-rows", "8", "--model.remat", "nothing")
 
 
 def configure(task: Task, directory: Path, template: str, steps: int) -> list[str]:
@@ -40,7 +40,7 @@ def configure(task: Task, directory: Path, template: str, steps: int) -> list[st
         text = text.replace(old, new)
     config.write_text(text)
     if template is SFT:
-        return ["-m", "tests.hdpo", "sft", str(config)]
+        return ["-m", "tests.hdpo", "sft", str(config), "--train.micro-batch-rows", "4"]
     return ["-m", "tests.train.chatty_hdpo", "train", str(config), *SMALL]
 
 
