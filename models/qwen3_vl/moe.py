@@ -38,7 +38,7 @@ class SparseMLP(nnx.Module):
             values = jax.random.normal(rngs.params(), shape, precision.params)
             return nnx.Param(config.initializer_range * values, axes=axes)
 
-        self.router = param((width, experts), ("embed", None))
+        self.router = param((width, experts), ("embed", "experts"))
         self.gate_up = param((experts, width, 2, hidden), GATE_UP_AXES)
         self.down = param((experts, hidden, width), DOWN_AXES)
 

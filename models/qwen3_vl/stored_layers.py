@@ -94,5 +94,6 @@ def read_layer_by_layer(
     stack = jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=sharding)()
     for number in range(shape[0]):
         layer = jax.make_array_from_callback(shape[1:], of_layer, partial(read, number))
-        stack = put(stack, layer, jnp.int32(number))
+        # Waited for: else the host would go on reading, and hold what is not yet on its way.
+        stack = jax.block_until_ready(put(stack, layer, jnp.int32(number)))
     return stack
