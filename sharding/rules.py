@@ -25,6 +25,8 @@ class ShardingRules:
     heads: MeshAxis = "tensor"
     kv_heads: MeshAxis = "tensor"
     head_dim: MeshAxis = None
+    experts: MeshAxis = "fsdp"
+    """Whole experts, before `embed` takes its turn: they can then be used where they lie."""
     layers: MeshAxis = None
     """The axis that layers are stacked on; scanned over, so a split would gather a layer at every step."""
     vision_embed: MeshAxis = ("fsdp", "context")

@@ -207,10 +207,10 @@ def check(config: RLConfig) -> None:
 def sizes_of(config: RLConfig) -> Qwen3VLConfig:
     """The model's sizes: those of its directory where it is here, else the published ones of `model.size`."""
     from models.qwen3_vl import read_config
-    from models.qwen3_vl.sizes import named_config
+    from models.qwen3_vl.sizes import published_config
 
     if (Path(config.model.path) / "config.json").is_file():
         return read_config(config.model.path)
     if config.model.size:
-        return named_config(config.model.size)
+        return published_config(config.model.size)
     raise ConfigError(f"model.path {config.model.path!r} is not here; expected model.size beside it, as in 8B")

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from operator import itemgetter
 
 import jax
 from flax import nnx
@@ -13,6 +12,7 @@ from jaxtyping import Array, Float
 
 from models.qwen3_vl.layers import LayerT, Linear, by_columns
 from models.qwen3_vl.model import Qwen3VL
+from models.qwen3_vl.runs import layers_apart
 from sharding import RULES, constrain
 
 FEW_ROWS = 32
@@ -74,7 +74,7 @@ def laid_out(model: Qwen3VL) -> Qwen3VL:
     if isinstance(layers, nnx.List):
         raise ValueError("the model is laid out already; expected one as it is loaded")
     model = nnx.merge(*nnx.split(model))
-    model.decoder.layers = nnx.List([_turned(layer) for layer in _apart(layers)])
+    model.decoder.layers = nnx.List([_turned(layer) for layer in layers_apart(layers)])
     if model.output is not None:
         model.turned_head, model.output = _outputs_first(model.output, 1, model.dtype), None
     elif model.embedding[...].dtype == model.dtype:
@@ -102,15 +102,8 @@ class TurnedLinear(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
-def _apart(layers: LayerT) -> list[LayerT]:
-    """Stacked layers, one by one."""
-    graphdef, params = nnx.split(layers)
-    count = len(jax.tree.leaves(params)[0])
-    return [nnx.merge(graphdef, jax.tree.map(itemgetter(number), params)) for number in range(count)]
-
-
 def _turned(layer: LayerT) -> LayerT:
-    """The layer with every product's kernel outputs first."""
+    """The layer with every product's kernel outputs first; experts stay as they are."""
     for name, child in list(nnx.iter_children(layer)):
         if isinstance(child, Linear):
             setattr(layer, str(name), TurnedLinear(child))

@@ -28,6 +28,14 @@ from models.qwen3_vl.layers import Remat
 from models.qwen3_vl.model import Qwen3VL
 from models.qwen3_vl.shards import on_host, write_files
 from models.qwen3_vl.stored import CheckpointError, StoredTensor, read_json, stored_tensors
+from models.qwen3_vl.stored_layers import (
+    ExpertLayout,
+    expert_layout,
+    expert_shapes,
+    layout_to_save,
+    read_layer_by_layer,
+    stored_layers,
+)
 from sharding import param_shardings
 from sharding.multihost import gather, is_lead, together
 
@@ -47,13 +55,15 @@ class TensorPlace:
     """Shape in the file."""
     transposed: bool
     """The file holds [outputs, inputs], the model [inputs, outputs], each side of one or several dimensions."""
+    of_experts: bool = False
+    """Such a matrix for each expert, on a leading dimension."""
 
 
 # -- names --------------------------------------------------------------------------------------------------------
 
 
-def tensor_places(config: Qwen3VLConfig) -> dict[str, TensorPlace]:
-    """Every tensor of a checkpoint by its name, and where it belongs."""
+def tensor_places(config: Qwen3VLConfig, experts: ExpertLayout = "transformers") -> dict[str, TensorPlace]:
+    """Every tensor of a checkpoint by its name, and where it belongs; `experts`: how a MoE's are stored."""
     places: dict[str, TensorPlace] = {}
 
     def add(name: str, path: StatePath, shape: tuple[int, ...], *, layer: int | None = None, transposed: bool = False):
@@ -75,16 +85,28 @@ def tensor_places(config: Qwen3VLConfig) -> dict[str, TensorPlace]:
     if not config.tie_word_embeddings:
         add("lm_head.weight", ("output",), (text.vocab_size, width), transposed=True)
     query, shared = text.num_attention_heads * size, text.num_key_value_heads * size
-    for layer in range(text.num_hidden_layers):
-        name, path = f"model.language_model.layers.{layer}", ("decoder", "layers")
-        bias = text.attention_bias
+    bias = text.attention_bias
+    for name, path, layer, moe in stored_layers(text):
         add_linear(f"{name}.self_attn.q_proj", (*path, "query"), query, width, bias=bias, layer=layer)
         add_linear(f"{name}.self_attn.k_proj", (*path, "key"), shared, width, bias=bias, layer=layer)
         add_linear(f"{name}.self_attn.v_proj", (*path, "value"), shared, width, bias=bias, layer=layer)
         add_linear(f"{name}.self_attn.o_proj", (*path, "out"), width, query, bias=bias, layer=layer)
-        add_linear(f"{name}.mlp.gate_proj", (*path, "gate"), text.intermediate_size, width, bias=False, layer=layer)
-        add_linear(f"{name}.mlp.up_proj", (*path, "up"), text.intermediate_size, width, bias=False, layer=layer)
-        add_linear(f"{name}.mlp.down_proj", (*path, "down"), width, text.intermediate_size, bias=False, layer=layer)
+        if moe is None:
+            hidden = text.intermediate_size
+            add_linear(f"{name}.mlp.gate_proj", (*path, "gate"), hidden, width, bias=False, layer=layer)
+            add_linear(f"{name}.mlp.up_proj", (*path, "up"), hidden, width, bias=False, layer=layer)
+            add_linear(f"{name}.mlp.down_proj", (*path, "down"), width, hidden, bias=False, layer=layer)
+        else:
+            router = (*path, "experts", "router")
+            add(f"{name}.mlp.gate.weight", router, (moe.num_experts, width), layer=layer, transposed=True)
+            for end, shape in expert_shapes(text, moe, experts).items():
+                places[f"{name}.mlp.experts.{end}"] = TensorPlace(
+                    path=(*path, "experts", end.removesuffix("_proj")),
+                    layer=layer,
+                    shape=shape,
+                    transposed=experts == "transformers",
+                    of_experts=True,
+                )
         for theirs, ours, length in (
             ("input_layernorm", "attention_norm", width),
             ("post_attention_layernorm", "mlp_norm", width),
@@ -176,8 +198,8 @@ def load_hf(
     """
     directory = Path(directory)
     config = read_config(directory)
-    places = tensor_places(config)
     stored = stored_tensors(directory, _canonical)
+    places = tensor_places(config, expert_layout(config.text, stored) or "transformers")
     if config.tie_word_embeddings:
         # Some files hold the tied matrix twice.
         stored.pop("lm_head.weight", None)
@@ -203,6 +225,11 @@ def load_hf(
         def shard(index: Any) -> np.ndarray:
             return _read_shard(sources[path], shape, index).astype(dtype, copy=False)
 
+        def shard_of_layer(number: int, index: Any) -> np.ndarray:
+            return shard((slice(number, number + 1), *index))[0]
+
+        if sources[path][0][0].of_experts:
+            return read_layer_by_layer(shard_of_layer, shape, dtype, sharding)
         return jax.make_array_from_callback(shape, sharding, shard)
 
     filled = [
@@ -225,10 +252,15 @@ def _read_shard(
 
 def _to_model(tensor: np.ndarray, place: TensorPlace, shape: tuple[int, ...]) -> np.ndarray:
     """A file's tensor as the model holds it: a view."""
+    if place.transposed and place.of_experts:
+        return tensor.swapaxes(1, 2).reshape(shape)
     return tensor.reshape(len(tensor), -1).T.reshape(shape) if place.transposed else tensor.reshape(shape)
 
 
 def _to_file(tensor: np.ndarray, place: TensorPlace) -> np.ndarray:
+    if place.transposed and place.of_experts:
+        experts, outputs, inputs = place.shape
+        return tensor.reshape(experts, inputs, outputs).swapaxes(1, 2)
     if place.transposed:
         tensor = tensor.reshape(-1, place.shape[0]).T
     return tensor.reshape(place.shape)
@@ -254,7 +286,6 @@ def save_hf(
     Raises CheckpointError where `base` describes another model or `directory` holds something else.
     """
     directory = Path(directory)
-    places = tensor_places(model.config)
     config = model.config.to_hf()
     stored: dict[str, StoredTensor] = {}
     if base is not None:
@@ -264,6 +295,7 @@ def save_hf(
         # A base may be a tokenizer and a config only, where a model was trained from scratch.
         with contextlib.suppress(CheckpointError):
             stored = stored_tensors(Path(base), _canonical)
+    places = tensor_places(model.config, layout_to_save(model.config.text, stored))
     if directory.exists() and not _replaceable(directory):
         raise CheckpointError(f"{directory} is there and is no model directory; choose another place to save to")
     dtypes = {name: np.dtype(dtype) if dtype else _stored_dtype(stored, name, model) for name in places}

@@ -19,7 +19,7 @@ from sharding import constrain
 
 
 class Qwen3VL(nnx.Module):
-    """Qwen3-VL (dense); numerically transformers' `Qwen3VLForConditionalGeneration`.
+    """Qwen3-VL, dense or MoE; as transformers' `Qwen3VLForConditionalGeneration`, `Qwen3VLMoeForConditionalGeneration`.
 
     Parameters carry logical axis names (`axes`) that `sharding` maps to a mesh. Those of the layers are stacked
     (until they are `laid_out` for decoding).

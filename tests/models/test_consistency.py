@@ -12,7 +12,6 @@ from models.qwen3_vl import KVCache, Qwen3VLConfig, load_hf
 from models.qwen3_vl.attention import CAUSAL_BLOCK, causal_attention, dense_attention, paged_attention
 from models.qwen3_vl.cache import SharedPages, unshared_table
 from models.qwen3_vl.images import feature_indices, mrope_positions, pack_images
-from models.qwen3_vl.text import TextLayer
 from models.qwen3_vl.visibility import Visibility
 from sharding import make_mesh, shard_batch
 from tests.models.oracles import IMAGE, VISION_START, Batch, Oracle, Row, batch, oracle, row
@@ -318,16 +317,23 @@ def test_bfloat16_is_near(pair):
     assert np.abs(near - exact).mean() < 0.05
 
 
-def test_eight_devices_are_one(pair):
+@pytest.mark.parametrize(
+    ("name", "kernel", "shard"),
+    [
+        ("biased, untied", ("gate", "kernel"), (3, 18, 26)),  # layers, embed / fsdp, mlp / tensor
+        # layers, experts / fsdp, embed, gate and up, mlp / tensor: nobody holds all experts of a layer
+        pytest.param("experts in all layers", ("experts", "gate_up"), (2, 4, 32, 2, 8), marks=pytest.mark.slow),
+    ],
+)
+def test_eight_devices_are_one(name, kernel, shard):
+    pair = oracle(name)
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     rows = [row(pair.config, [(1, 2)], seed=seed) for seed in range(4)]
     inputs = batch(pair.config, rows)
     expected = whole(*nnx.split(pair.model), inputs)
     model = load_hf(pair.directory, mesh, dtype=jnp.float32)
-    layers = model.decoder.layers
-    assert isinstance(layers, TextLayer)
-    gate = layers.gate.kernel[...]
-    assert gate.sharding.shard_shape(gate.shape) == (3, 18, 26)  # layers, embed / fsdp, mlp / tensor
+    values = dict(nnx.to_flat_state(nnx.state(model.decoder.layers)))[kernel][...]
+    assert values.sharding.shard_shape(values.shape) == shard
     graphdef, params = nnx.split(model)
     with jax.set_mesh(mesh):
         found = whole(graphdef, params, shard_batch(inputs, mesh))
