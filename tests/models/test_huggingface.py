@@ -156,11 +156,11 @@ def test_experts_stored_in_two_layouts_are_refused(tmp_path):
 
 def test_the_host_holds_one_layer_of_experts_at_a_time():
     """They are most of a model, and one parameter."""
-    shape = (16, 8, 128, 128)
+    shape = (16, 8, 256, 256)
     sharding = NamedSharding(make_mesh({"fsdp": 8}), PartitionSpec(None, "fsdp"))
 
     def read(number: int, index: tuple[slice, ...]) -> np.ndarray:
-        return np.full(shape[1:], number, np.float32)[index]
+        return np.broadcast_to(np.float32(number), shape[1:])[index].copy()
 
     tracemalloc.start()
     stack = read_layer_by_layer(read, shape, np.dtype(np.float32), sharding)
@@ -168,8 +168,8 @@ def test_the_host_holds_one_layer_of_experts_at_a_time():
     tracemalloc.stop()
     assert stack.sharding == sharding
     np.testing.assert_array_equal(stack[:, 3, 2, 1], np.arange(16))
-    # A sixteenth, and what it is cut into; all layers at once would be 1.
-    assert peak < 0.4 * stack.nbytes
+    # A sixteenth, and the next one; all layers at once would be 1.
+    assert peak < 0.3 * stack.nbytes
 
 
 def test_names_of_older_versions(directory):
