@@ -1,5 +1,6 @@
 """A run's programs, compiled for its slice and counted."""
 
+import logging
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -15,6 +16,8 @@ from hdpo_jax.plan.programs import Program, Setting, learning_programs, rollout_
 from hdpo_jax.plan.topology import Chip, Topology
 from hdpo_jax.plan.workload import Need, Workload, attention_pairs
 from models.qwen3_vl import Qwen3VLConfig
+
+log = logging.getLogger(__name__)
 
 PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 """Matrix products of queries x keys x head size in each splash kernel."""
@@ -109,6 +112,7 @@ def _compile(program: Program, setting: Setting) -> Any:
             return lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             needed = _asked(str(error))
+            log.debug("%s", error)
             if needed is None:
                 raise
             raise DoesNotFit(needed) from None
@@ -144,7 +148,7 @@ def loop_trips(setting: Setting, workload: Workload) -> Mapping[str, float]:
         "micro_batches": micro_batches,
         "vocabulary": -(-workload.response // span),
         "steps": rollout.chunk,
-        "groups/while/body/.*pages": -(-workload.prompt // rollout.page),
+        "groups.*pages": -(-workload.prompt // rollout.page),
         "groups": max(1.0, rollout.slots / setting.shards("slots") / 16),
         "pages": -(-own // rollout.page),
     }

@@ -147,7 +147,7 @@ class Module:
         if counted is not None:
             return counted
         for scope, count in self._trips.items():
-            if re.search(rf"\b{scope}/while$", loop.scope):
+            if re.search(rf"\b{scope}\)*/while$", loop.scope):
                 return count
         self.unknown_loops.add(loop.scope)
         return 1

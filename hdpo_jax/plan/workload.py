@@ -63,8 +63,11 @@ class Need:
         return patches * (tower + mergers)
 
     def _mlp(self) -> float:
-        text = self.sizes.text
-        return 3 * text.hidden_size * text.intermediate_size
+        """Multiplications of a token in a layer's MLP: with experts, of those that it is sent to, and the router's."""
+        text, moe = self.sizes.text, self.sizes.text.moe
+        if moe is None:
+            return 3 * text.hidden_size * text.intermediate_size
+        return text.hidden_size * (3 * moe.num_experts_per_tok * moe.moe_intermediate_size + moe.num_experts)
 
 
 def attention_pairs(queries: int, keys: int, block: int, *, causal: bool) -> float:
