@@ -115,7 +115,13 @@ def gradient_step(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("config", "axes"), [(TINY, None), (TINY_MOE, {"data": 2, "fsdp": 2, "tensor": 2})], ids=["dense", "MoE, 8 devices"]
+    ("config", "axes"),
+    [
+        (TINY, None),
+        (TINY, {"fsdp": 2, "tensor": 2, "context": 2}),
+        (TINY_MOE, {"data": 2, "fsdp": 2, "tensor": 2}),
+    ],
+    ids=["dense", "dense, rows split over devices", "MoE, 8 devices"],
 )
 def test_rows_that_share_prompts_and_images_give_the_unpacked_gradient(config, axes):
     """Each prompt and its image once, both groups in one micro-batch, against every rollout with a copy of its own.
