@@ -149,7 +149,9 @@ class _Blocks:
 
     def gather(self, values: Shaped[Array, "rows tokens ..."]) -> Shaped[Array, "rows padded ..."]:
         values = _pick(values, self._order)
-        return jnp.pad(values, ((0, 0), (0, -values.shape[1] % self._span), *[(0, 0)] * (values.ndim - 2)))
+        values = jnp.pad(values, ((0, 0), (0, -values.shape[1] % self._span), *[(0, 0)] * (values.ndim - 2)))
+        # Devices that share a row have all of it: each then takes its part of every block from what it has.
+        return constrain(values, "batch", *[None] * (values.ndim - 1))
 
     def scatter(self, values: Shaped[Array, "rows padded ..."]) -> Shaped[Array, "rows tokens ..."]:
         """Back to where they were; 0 where no token is wanted."""

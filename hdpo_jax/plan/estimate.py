@@ -14,8 +14,10 @@ from hdpo_jax.config import ConfigError, RLConfig
 from hdpo_jax.plan.hlo import Cost, Instruction, Module, dimensions
 from hdpo_jax.plan.programs import Program, Setting, learning_programs, rollout_programs
 from hdpo_jax.plan.topology import Chip, Topology
-from hdpo_jax.plan.workload import Need, Workload, attention_pairs
-from models.qwen3_vl import Qwen3VLConfig
+from hdpo_jax.plan.workload import Need, Workload
+from models.qwen3_vl import Qwen3VLConfig, read_config
+from models.qwen3_vl.sizes import published_config
+from models.qwen3_vl.splash import BLOCKS
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +88,7 @@ def estimate(name: str, program: Program, setting: Setting, topology: Topology) 
     module = Module(
         compiled.as_text(),
         trips=loop_trips(setting, workload),
-        kernels=splash_flops(setting, workload),
+        kernels=splash_flops(workload),
     )
     memory = compiled.memory_analysis()
     arguments = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -154,28 +156,20 @@ def loop_trips(setting: Setting, workload: Workload) -> Mapping[str, float]:
     }
 
 
-def splash_flops(setting: Setting, workload: Workload) -> Callable[[Instruction], float]:
-    """What a splash kernel computes, by its name and what it returns; rows are full, images of full size."""
-    text = setting.sizes.text
-    contexts = setting.shards("tokens")
+def splash_flops(workload: Workload) -> Callable[[Instruction], float]:
+    """What a splash kernel computes, by its name and what it is given; rows are full, images of full size."""
 
     def flops(kernel: Instruction) -> float:
-        phase = next((phase for phase in PRODUCTS if f"splash_mha_{phase}" in kernel.scope), None)
-        if phase is None:
+        phase = re.search(r"splash_mha_(fwd|dq|dkv)", kernel.name)
+        _, _, given = kernel.attributes.partition("operand_layout_constraints=")
+        if not phase or not given:
             return 0.0
-        shapes = [dimensions(shape) for shape in kernel.results if len(dimensions(shape)) == 3]
-        heads, tokens, size = max(shapes, key=lambda shape: shape[0] * shape[1] * shape[2])
-        if size == text.head_dim and tokens in (workload.tokens, workload.tokens // contexts):
-            pairs = attention_pairs(workload.tokens, workload.tokens, 1024, causal=True) / contexts
-        else:
-            queries = tokens / contexts if phase == "dkv" else tokens
-            pairs = queries * min(workload.image + 1024, tokens * contexts)
-        heads = (
-            heads
-            if phase != "dkv" or size != text.head_dim
-            else heads * (text.num_attention_heads // text.num_key_value_heads)
-        )
-        return 2.0 * PRODUCTS[phase] * heads * pairs * size
+        shapes = [dimensions(shape) for shape in re.findall(r"(?:bf16|f32)\[\d+,\d+,\d+\]", given)]
+        (heads, queries, size), (_, keys, _) = shapes[:2]
+        # Images see themselves. Causal: half of the keys and of the diagonal's blocks, the mean of a row's devices.
+        images, causal = min(workload.image + BLOCKS[0], keys), (keys + BLOCKS[0]) / 2
+        seen = images if "_segmented" in kernel.name else causal
+        return 2.0 * PRODUCTS[phase[1]] * heads * queries * seen * size
 
     return flops
 
@@ -210,9 +204,6 @@ def check(config: RLConfig) -> None:
 
 def sizes_of(config: RLConfig) -> Qwen3VLConfig:
     """The model's sizes: those of its directory where it is here, else the published ones of `model.size`."""
-    from models.qwen3_vl import read_config
-    from models.qwen3_vl.sizes import published_config
-
     if (Path(config.model.path) / "config.json").is_file():
         return read_config(config.model.path)
     if config.model.size:

@@ -68,11 +68,3 @@ class Need:
         if moe is None:
             return 3 * text.hidden_size * text.intermediate_size
         return text.hidden_size * (3 * moe.num_experts_per_tok * moe.moe_intermediate_size + moe.num_experts)
-
-
-def attention_pairs(queries: int, keys: int, block: int, *, causal: bool) -> float:
-    """Pairs of query and key in the blocks that are computed, of one head and one row."""
-    if not causal:
-        return float(queries * keys)
-    blocks = -(-keys // block)
-    return queries * block * (blocks + 1) / 2

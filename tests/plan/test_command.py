@@ -1,0 +1,130 @@
+"""`hdpo plan` on a small slice: every program of a run, TPU kernels included, through the TPU's own compiler."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hdpo_jax.commands import run_command
+from hdpo_jax.config import ConfigError, RLConfig
+from hdpo_jax.config_files import load_config
+from hdpo_jax.plan import command
+from hdpo_jax.plan.estimate import DoesNotFit, estimate, programs_of, sizes_of
+from hdpo_jax.plan.programs import Setting
+from hdpo_jax.plan.topology import Topology
+from models.qwen3_vl import Qwen3VLConfig, TextConfig, VisionConfig
+
+# Small, with the head sizes of the published models: 128 and 72.
+SIZES = Qwen3VLConfig(
+    text=TextConfig(
+        vocab_size=2048,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=128,
+    ),
+    vision=VisionConfig(
+        depth=2,
+        hidden_size=144,
+        num_heads=2,
+        intermediate_size=256,
+        out_hidden_size=256,
+        deepstack_visual_indexes=(0,),
+    ),
+)
+CONFIG = """
+from hdpo_jax.config import AgentConfig, DataConfig, ModelConfig, RLConfig, RLTrainConfig, RolloutConfig
+from sharding import MeshAxes
+
+
+def get_config():
+    return RLConfig(
+        output="unused",
+        topology="v5e:2x2",
+        model=ModelConfig(path={model!r}),
+        data=DataConfig(path="unused"),
+        mesh=MeshAxes(fsdp=2, context=2),
+        agent=AgentConfig(max_response_tokens=256, max_observation_tokens=128),
+        rollout=RolloutConfig(
+            slots=16, capacity=1024, patches=512, page=128, chunk=8, shapes=((4, 128, 256), (4, 512, 512)),
+            parameters="gathered",
+        ),
+        train=RLTrainConfig(
+            prompts_per_step=4, group_size=4, row_tokens=1024, row_patches=512, micro_batch_rows=2, max_rows=8
+        ),
+    )
+"""
+PROGRAMS = ["prefill", "append", "decode", "update", "sft_step"]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("plan")
+    (folder / "config.json").write_text(json.dumps(SIZES.to_hf()))
+    file = folder / "small.py"
+    file.write_text(CONFIG.format(model=str(folder)))
+    return str(file)
+
+
+def plan(config: str, *flags: str) -> None:
+    run_command("plan", [config, *flags])
+
+
+@pytest.mark.slow
+def test_every_program_compiles_and_the_figures_are_kept(config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "PLANS", tmp_path / "plans")
+    plan(config, "--json")
+    captured = capsys.readouterr()
+    assert [line.split()[1] for line in captured.err.splitlines() if line.startswith("compiling")] == PROGRAMS
+    assert "counted once" not in captured.err
+    found = json.loads(captured.out)
+    assert (found["topology"], found["chips"], found["fits"]) == ("v5e:2x2", 4, True)
+    assert list(found["programs"]) == PROGRAMS
+    for name, program in found["programs"].items():
+        assert 0 < program["hbm_bytes_per_chip"] < program["hbm_limit_bytes"] == 16 * 2**30, name
+        assert program["bytes_per_chip"] > 0 and program["roofline_seconds"] > 0, name
+        # Twice the model's need: the blocks of such short rows are half empty, and small products are padded.
+        assert 0.5 < program["flops_per_chip"] / program["model_flops_per_chip"] < 2.5, name
+    # Parameters are gathered for a row, and not for a decode step.
+    assert found["programs"]["update"]["collectives"]["all-gather"] > 1e6
+    assert found["programs"]["decode"]["collective_bytes_per_chip"] < 1e5
+
+    plan(config)
+    captured = capsys.readouterr()
+    assert "compiling" not in captured.err
+    assert "chip-hours" in captured.out and "update" in captured.out
+    assert list((tmp_path / "plans").iterdir())
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_is_said_with_what_to_change(config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "PLANS", tmp_path)
+    settings = load_config(config, RLConfig)
+    setting = Setting.of(settings, sizes_of(settings), Topology(settings.topology).devices())
+    program = programs_of(setting)["decode"]
+    real = command.estimate
+
+    def too_small(name, *arguments):
+        if name == "decode":
+            return real(name, program, setting, Topology("v5e:2x2"))
+        raise DoesNotFit(40 * 2**30)
+
+    monkeypatch.setattr(command, "estimate", too_small)
+    plan(config)
+    out = " ".join(capsys.readouterr().out.split())
+    assert "40.0 │ 250% │" in out
+    assert "try mesh.context 4: a row's tokens are split over twice as many devices" in out
+    assert estimate is real
+
+
+def test_a_plan_says_what_it_misses(config, tmp_path):
+    with pytest.raises(ConfigError, match=r"^topology is not set; expected the slice that the run is for"):
+        plan(config, "--topology", "")
+    with pytest.raises(ConfigError, match=r"^topology is 'v9:4'; expected a chip of v5e, v5p, v6e, tpu7x"):
+        plan(config, "--topology", "v9:4")
+    with pytest.raises(ConfigError, match=r"^train.max_rows is 0; expected the rows of a step"):
+        plan(config, "--train.max-rows", "0")
+    with pytest.raises(ConfigError, match=r"^model.path '.*nowhere' is not here; expected model.size beside it"):
+        plan(config, "--model.path", str(Path(tmp_path) / "nowhere"))
