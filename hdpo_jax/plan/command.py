@@ -122,8 +122,8 @@ def verdict(config: RLConfig, topology: Topology, programs: Mapping[str, Estimat
     """What a step takes at the roofline, with every budget spent."""
     workload = Workload.of(config, sizes_of(config))
     rollouts = config.train.prompts_per_step * config.train.group_size
-    decode = programs["decode"]
-    if decode.seconds:
+    decode = programs.get("decode")
+    if decode and decode.seconds:
         rate = config.rollout.slots * config.rollout.chunk / decode.seconds
         sampling = rollouts * workload.response / rate
         step = sampling + programs["update"].seconds

@@ -82,6 +82,6 @@ def test_what_fails_in_one_process_ends_both_and_says_why(seen):
 def test_a_lane_in_two_processes_is_refused(seen):
     for one in seen:
         assert one["refused"] == (
-            "mesh {'data': 1, 'fsdp': 1, 'tensor': 4} over 2 processes: expected as many parts of data x fsdp in each "
-            "process, none in two; mesh.tensor has to divide a process's devices"
+            "mesh {'data': 1, 'fsdp': 1, 'tensor': 4, 'context': 1} over 2 processes: expected as many parts of "
+            "data x fsdp in each process, none in two; mesh.tensor has to divide a process's devices"
         )

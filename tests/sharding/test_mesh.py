@@ -29,7 +29,7 @@ def test_some_of_the_devices():
 @pytest.mark.parametrize(
     ("axes", "message"),
     [
-        ({"fsdp": 3}, "data 1 x fsdp 3 x tensor 1 needs 3 devices; expected exactly the 8"),
+        ({"fsdp": 3}, "data 1 x fsdp 3 x tensor 1 x context 1 needs 3 devices; expected exactly the 8"),
         ({"data": 3, "fsdp": -1}, "needs 3 devices; expected a divisor of the 8"),
         ({"data": 16, "fsdp": -1}, "needs 16 devices; expected a divisor of the 8"),
         ({"data": -1, "fsdp": -1}, "at most one -1"),
