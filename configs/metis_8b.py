@@ -1,8 +1,8 @@
 """HDPO on Qwen3-VL-8B, with the hyperparameters of the paper's Metis-8B-RL (arXiv:2604.08545).
 
 128 prompts x 16 rollouts a step, two optimizer steps each, AdamW at 1e-6, prompts up to 24,576 tokens, responses up to
-16,384 over up to 10 calls. The paper's model went from 98 % of answers with tools to 2 %. Not run here, and not ready:
-the update computes attention as one dense product, which rows of that length do not fit.
+16,384 over up to 10 calls. The paper's model went from 98 % of answers with tools to 2 %. Not run here; for
+slices of TPUs, with what they take: `metis_8b_v5p_128` and `metis_8b_v6e_64`.
 
     hdpo train metis_8b --model.path COLD_STARTED_HF_DIR --data.path METIS_RL_PARQUET --mesh.tensor 4
 """
