@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from configs import metis_8b
+from configs import metis_8b, signs_hdpo
 from hdpo_jax.config import (
     AgentConfig,
     AlgorithmConfig,
