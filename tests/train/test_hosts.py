@@ -23,6 +23,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 EIGHT = ("--mesh.data", "2", "--mesh.fsdp", "4")
 SMALL = ("--train.mini-batches", "1", "--train.micro-batch-rows", "8", "--model.remat", "nothing")
+SFT_STEPS = 6
 
 
 def configure(task: Task, directory: Path, template: str, steps: int) -> list[str]:
@@ -75,11 +76,11 @@ def wait_for_checkpoint(workers: Sequence[subprocess.Popen[str]], run: Path, ste
         time.sleep(0.05)
 
 
-def test_four_processes_killed_and_stopped_and_one_that_finishes_learn_what_one_does(task, tmp_path):
+def test_four_processes_one_killed_and_one_that_finishes_learn_what_one_does(task, tmp_path):
     """Their tools, those of one of them slow, run where the slots are; no prompt is skipped or learned from twice."""
     expected, found = tmp_path / "one" / "run", tmp_path / "many" / "run"
-    run([*configure(task, expected.parent, RL, steps=4), *EIGHT], processes=1, devices=8)
-    command = configure(task, found.parent, RL, steps=4)
+    run([*configure(task, expected.parent, RL, steps=3), *EIGHT], processes=1, devices=8)
+    command = configure(task, found.parent, RL, steps=3)
 
     workers = start_job([*command, *EIGHT], processes=4, devices=2)
     wait_for_checkpoint(workers, found, 1)
@@ -92,13 +93,6 @@ def test_four_processes_killed_and_stopped_and_one_that_finishes_learn_what_one_
         (said,) = [line for line in errors.splitlines() if "process 2 of 4" in line]
         assert re.search("process 2 of 4 on .* has not been heard of for 30 s: .* from its last checkpoint$", said)
     assert_tools_ran_at_their_slots(found, expected)
-
-    workers = start_job([*command, *EIGHT], processes=4, devices=2)
-    wait_for_checkpoint(workers, found, 2)
-    workers[3].terminate()
-    for status, _, errors in ended(workers, 100):
-        assert status == 128 + signal.SIGTERM, errors[-3000:]
-    assert max(saved_steps(found)) == reached_step(found) < 4
 
     run([*command, *EIGHT], processes=1, devices=8)
     assert_same_run(found, expected, task.model)
@@ -118,8 +112,17 @@ def assert_tools_ran_at_their_slots(found: Path, expected: Path) -> None:
         assert len(set(answered)) <= 1
 
 
-def test_two_processes_learn_conversations_as_one_does(task, tmp_path):
+def test_two_processes_told_to_stop_and_one_that_finishes_learn_conversations_as_one_does(task, tmp_path):
+    """SIGTERM to one of them has both save and stop."""
     expected, found = tmp_path / "one" / "run", tmp_path / "two" / "run"
-    run(configure(task, expected.parent, SFT, steps=2), processes=1, devices=4)
-    run([*configure(task, found.parent, SFT, steps=2), "--mesh.data", "2"], processes=2, devices=2)
+    mesh = ("--mesh.data", "2")
+    run([*configure(task, expected.parent, SFT, steps=SFT_STEPS), *mesh], processes=1, devices=4)
+    command = [*configure(task, found.parent, SFT, steps=SFT_STEPS), *mesh]
+    workers = start_job(command, processes=2, devices=2)
+    wait_for_checkpoint(workers, found, 1)
+    workers[1].terminate()
+    for status, _, errors in ended(workers, 100):
+        assert status == 128 + signal.SIGTERM, errors[-3000:]
+    assert max(saved_steps(found)) == reached_step(found) < SFT_STEPS
+    run(command, processes=1, devices=4)
     assert_same_run(found, expected, task.model)
