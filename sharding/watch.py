@@ -63,7 +63,7 @@ class _Watch:
     def __init__(self):
         self._client: Any = global_state.client
         self._me, self._count = global_state.process_id, global_state.num_processes
-        self._lock = threading.Lock()
+        self._lock, self._ending = threading.Lock(), threading.Lock()
         self._told = 0
         self._last_words: dict[str, Any] = {}
         self._said: dict[int, dict[str, Any]] = {number: {"host": None} for number in range(self._count)}
@@ -103,6 +103,8 @@ class _Watch:
                 number, beat = int(key.rpartition("/")[2]), json.loads(text)
                 if beat != self._said[number]:
                     self._said[number], self._silent[number] = beat, 0
+            if verdict := self._said[0].get("verdict"):
+                self._end(*verdict)
 
     def _judge(self) -> None:
         while not self._left.wait(1):
@@ -130,6 +132,7 @@ class _Watch:
         self.leave(gave_up="it aborted")
 
     def _end(self, number: int, what: str) -> NoReturn:
+        self._ending.acquire()  # for good: one line is enough
         host = self._said[number]["host"]
         where = f" on {host}" if host else ""
         what = " ".join(what.split())
@@ -139,13 +142,18 @@ class _Watch:
             *(number, self._count, where, what),
         )
         sys.stderr.flush()
+        if not self._me:
+            # The coordinator goes last: whom it leaves behind would take it for the one that was lost.
+            self._last_words = {"verdict": [number, what]}
+            self._tell()
+            time.sleep(LAST_WORDS_SECONDS)
         # Not sys.exit: the main thread waits in a program that will never end.
         os._exit(EX_TEMPFAIL)
 
 
 def _let_the_watch_speak() -> None:
     """Waits where somebody's end may be why a program failed: who that was is what there is to say."""
-    time.sleep(PATIENCE_SECONDS + 2 * BEAT_SECONDS)
+    time.sleep(PATIENCE_SECONDS + 2 * (BEAT_SECONDS + LAST_WORDS_SECONDS))
 
 
 def _exit_soon(*, lead: bool) -> None:

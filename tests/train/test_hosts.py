@@ -3,14 +3,15 @@
 import json
 import re
 import signal
+import subprocess
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from safetensors.numpy import load_file
 
-from hdpo_jax.data.pipeline import share
 from hdpo_jax.train.metrics import read_metrics
 from sharding.watch import EX_TEMPFAIL
 from tests.processes import end, ended, run_job, start_job
@@ -22,6 +23,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 EIGHT = ("--mesh.data", "2", "--mesh.fsdp", "4")
 SMALL = ("--train.mini-batches", "1", "--train.micro-batch-rows", "8", "--model.remat", "nothing")
+SFT_STEPS = 6
 
 
 def configure(task: Task, directory: Path, template: str, steps: int) -> list[str]:
@@ -65,60 +67,64 @@ def assert_same_run(found: Path, expected: Path, before: Path) -> None:
     assert_learned_the_same(*([each[name] for name in wanted] for each in (weights, wanted, start)))
 
 
-def wait_for_step(workers, run: Path, step: int) -> None:
+def wait_for_checkpoint(workers: Sequence[subprocess.Popen[str]], run: Path, step: int) -> None:
     until = time.monotonic() + 500
-    while reached_step(run) < step:
+    while max(saved_steps(run), default=0) < step:
         if time.monotonic() > until or any(worker.poll() for worker in workers):
             end(workers)
-            pytest.fail(f"step {step} was not reached: {[errors[-1000:] for _, _, errors in ended(workers, 10)]}")
+            pytest.fail(f"step {step} was not saved: {[errors[-1000:] for _, _, errors in ended(workers, 10)]}")
         time.sleep(0.05)
 
 
-def test_four_processes_killed_and_stopped_and_one_that_finishes_learn_what_one_does(task, tmp_path):
+def test_four_processes_one_killed_and_one_that_finishes_learn_what_one_does(task, tmp_path):
     """Their tools, those of one of them slow, run where the slots are; no prompt is skipped or learned from twice."""
     expected, found = tmp_path / "one" / "run", tmp_path / "many" / "run"
     run([*configure(task, expected.parent, RL, steps=3), *EIGHT], processes=1, devices=8)
     command = configure(task, found.parent, RL, steps=3)
 
     workers = start_job([*command, *EIGHT], processes=4, devices=2)
-    wait_for_step(workers, found, 1)
-    saved = max(saved_steps(found), default=0)
+    wait_for_checkpoint(workers, found, 1)
     workers[2].kill()
     killed = time.monotonic()
     outcomes = ended(workers, 100)
     assert time.monotonic() - killed < 60
     for status, _, errors in (outcomes[number] for number in (0, 1, 3)):
         assert status == EX_TEMPFAIL, errors[-3000:]
-        (said,) = [line for line in errors.splitlines() if line.startswith("hdpo:")]
-        assert re.match("hdpo: process 2 of 4 on .* has not been heard of for 30 s: .* from its last checkpoint$", said)
-    calls_in_steps(found, expected, task)
-
-    workers = start_job([*command, *EIGHT], processes=4, devices=2)
-    wait_for_step(workers, found, saved + 1)
-    workers[3].terminate()
-    for status, _, errors in ended(workers, 100):
-        assert status == 128 + signal.SIGTERM, errors[-3000:]
-    assert max(saved_steps(found)) == reached_step(found) < 3
+        said = "\n".join(line for line in errors.splitlines() if "this one can not go on without it" in line)
+        assert re.search("process 2 of 4 on .* has not been heard of for 30 s: .* from its last checkpoint$", said), (
+            errors[-3000:]
+        )
+    assert_tools_ran_at_their_slots(found, expected)
 
     run([*command, *EIGHT], processes=1, devices=8)
     assert_same_run(found, expected, task.model)
 
 
-def calls_in_steps(found: Path, expected: Path, task: Task) -> None:
-    """Every process answered the calls of its own prompts, in the steps so far (of the last of them, perhaps some)."""
-    prompts = [json.loads(line) for line in (expected / "rollouts" / "step_1.jsonl").read_text().splitlines()]
-    owners = {number: process for process in range(4) for number in share(4, process, 4).tolist()}
+def assert_tools_ran_at_their_slots(found: Path, expected: Path) -> None:
+    """Each of four processes answered the calls of its own prompt, at least in the first step; the second began."""
     calls = Counter()
-    for one in prompts:
-        calls[owners[one["group"]]] += one["calls"]
-    assert min(calls.values()) > 0 and len(calls) == 4
+    for line in (expected / "rollouts" / "step_1.jsonl").read_text().splitlines():
+        one = json.loads(line)
+        calls[one["group"]] += one["calls"]  # of four prompts, the number of each is that of its process
+    assert calls[1] > 0 and sum(number > 0 for number in calls.values()) > 1
     for process, number in calls.items():
-        lines = (found.parent / f"calls_{process}").read_text().split()
-        assert len(set(lines)) == 1 and number <= len(lines)
+        file = found.parent / f"calls_{process}"
+        answered = file.read_text().split() if file.exists() else []
+        assert number <= len(answered) < calls.total()
+        assert len(set(answered)) <= 1
 
 
-def test_two_processes_learn_conversations_as_one_does(task, tmp_path):
+def test_two_processes_told_to_stop_and_one_that_finishes_learn_conversations_as_one_does(task, tmp_path):
+    """SIGTERM to one of them has both save and stop."""
     expected, found = tmp_path / "one" / "run", tmp_path / "two" / "run"
-    run(configure(task, expected.parent, SFT, steps=2), processes=1, devices=4)
-    run([*configure(task, found.parent, SFT, steps=2), "--mesh.data", "2"], processes=2, devices=2)
+    mesh = ("--mesh.data", "2")
+    run([*configure(task, expected.parent, SFT, steps=SFT_STEPS), *mesh], processes=1, devices=4)
+    command = [*configure(task, found.parent, SFT, steps=SFT_STEPS), *mesh]
+    workers = start_job(command, processes=2, devices=2)
+    wait_for_checkpoint(workers, found, 1)
+    workers[1].terminate()
+    for status, _, errors in ended(workers, 100):
+        assert status == 128 + signal.SIGTERM, errors[-3000:]
+    assert max(saved_steps(found)) == reached_step(found) < SFT_STEPS
+    run(command, processes=1, devices=4)
     assert_same_run(found, expected, task.model)

@@ -166,7 +166,8 @@ def test_one_program_an_iteration_and_two_processes_are_the_same_run(task, tmp_p
     """What the sandbox answers, what is learned and what is logged are the same."""
     run, config = configure(task, tmp_path)
     command = ["-m", "tests.hdpo", "train", str(config), "--rollout.mode", mode, "--mesh.data", str(processes)]
-    for status, _, errors in run_job(command, processes=processes, seconds=600):
+    command += ["--train.micro-batch-rows", str(2 * processes)]  # a row for each of two devices
+    for status, _, errors in run_job(command, processes=processes, devices=processes, seconds=600):
         assert status == 0, errors[-3000:]
     found = Outcome.of(run)
     assert found.rollouts == host_driven.rollouts
