@@ -205,8 +205,10 @@ RUNS: dict[str, type[SFTConfig] | type[RLConfig]] = {"sft": SFTConfig, "train": 
 
 def run_command(name: str, flags: Sequence[str]) -> None:
     """Runs a command; ConfigError where there is none of that name, or the flags do not fit it."""
-    if name in RUNS:
-        _run_config(name, flags)
+    if name == "plan":
+        _plan(flags)
+    elif name in RUNS:
+        _train(name, flags)
     elif name in COMMANDS:
         command = parse_flags(COMMANDS[name], flags, program=f"hdpo {name}")
         if isinstance(command, Eval) and (run := command.settings_of):
@@ -218,25 +220,21 @@ def run_command(name: str, flags: Sequence[str]) -> None:
         raise ConfigError(f"there is no command {name!r}; expected one of {known}")
 
 
-def _run_config(name: str, flags: Sequence[str]) -> None:
+def _config(name: str, flags: Sequence[str], note: str = "") -> SFTConfig | RLConfig:
+    """The config that the flags begin with, overridden by the others."""
     kind, program = RUNS[name], f"hdpo {name} CONFIG"
     choices = f"CONFIG is a Python file that defines get_config() -> {kind.__name__}, or a name: "
     choices += ", ".join(config_names()) or "(configs/ is empty)"
-    if name == "plan":
-        choices += "\n\n--json prints an object instead of a table."
     if flags and flags[0] in ("-h", "--help"):
-        parse_flags(kind, ["--help"], program=program, description=f"{kind.__doc__}\n\n{choices}")
+        parse_flags(kind, ["--help"], program=program, description=f"{kind.__doc__}\n\n{choices}{note}")
     if not flags or flags[0].startswith("-"):
         raise ConfigError(f"{program}: a config comes first. {choices}")
     path, *overrides = flags
-    as_json = name == "plan" and "--json" in overrides
-    overrides = [flag for flag in overrides if not (as_json and flag == "--json")]
-    config = parse_flags(kind, overrides, program=f"hdpo {name} {path}", default=load_config(path, kind))
-    if name == "plan" and isinstance(config, RLConfig):
-        from hdpo_jax.plan.command import PLANS, plan
+    return parse_flags(kind, overrides, program=f"hdpo {name} {path}", default=load_config(path, kind))
 
-        plan(config, as_json=as_json, cache=PLANS)
-        return
+
+def _train(name: str, flags: Sequence[str]) -> None:
+    config = _config(name, flags)
     from sharding.watch import job
 
     with job():
@@ -249,3 +247,12 @@ def _run_config(name: str, flags: Sequence[str]) -> None:
 
             result = train_rl(config)
     result.require_finished(config.output)
+
+
+def _plan(flags: Sequence[str]) -> None:
+    settings = [flag for flag in flags if flag != "--json"]
+    config = _config("plan", settings, note="\n\n--json prints an object instead of a table.")
+    assert isinstance(config, RLConfig)
+    from hdpo_jax.plan.command import PLANS, plan
+
+    plan(config, as_json=len(settings) < len(flags), cache=PLANS)

@@ -11,6 +11,9 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from sharding import RULES, constrain, shards, spec
 
+BLOCK = 256
+"""Tokens whose logits a device holds at a time, unless another number is asked for."""
+
 
 class TokenLogprobs(NamedTuple):
     """What a distribution over the vocabulary says of one token, and how spread out it is; fp32."""
@@ -27,7 +30,7 @@ def token_logprobs(
     temperature: float = 1.0,
     forbidden: Bool[Array, " vocab"] | None = None,
     wanted: Bool[Array, "... tokens"] | None = None,
-    block: int = 256,
+    block: int = BLOCK,
 ) -> Float[Array, "... tokens"]:
     """log softmax(hidden head / temperature)[target] in fp32; arguments as for `token_logprobs_and_entropy`."""
     return token_logprobs_and_entropy(
@@ -43,7 +46,7 @@ def token_logprobs_and_entropy(
     temperature: float = 1.0,
     forbidden: Bool[Array, " vocab"] | None = None,
     wanted: Bool[Array, "... tokens"] | None = None,
-    block: int = 256,
+    block: int = BLOCK,
 ) -> TokenLogprobs:
     """Log-probabilities of the targets and the entropy (nats) of the distributions they come from.
 

@@ -78,6 +78,7 @@ class Example(Protocol):
 
 
 T = TypeVar("T", bound=Example)
+Read = TypeVar("Read")
 
 
 class Dataset(Generic[T]):
@@ -172,29 +173,24 @@ def open_rows(path: str | Path, columns: Sequence[str], required: Sequence[str],
 
 def row_images(row: Mapping[str, Any]) -> tuple[bytes, ...]:
     """The image files of a row; none where it has no such column. Raises RowError."""
-    images = []
-    for number, value in enumerate(row.get("images") or (), start=1):
-        try:
-            images.append(file_in_cell(value))
-        except ImageError as error:
-            raise RowError(f"image {number} {error}") from error
-    return tuple(images)
+    return _each("image", row.get("images") or (), file_in_cell)
 
 
 def row_videos(row: Mapping[str, Any]) -> tuple[Video, ...]:
     """The videos of a row; none where it has no such column. Raises RowError."""
-    videos = []
-    for number, value in enumerate(row.get("videos") or (), start=1):
-        try:
-            videos.append(video_in_cell(value))
-        except VideoError as error:
-            raise RowError(f"video {number} {error}") from error
-    return tuple(videos)
+    return _each("video", row.get("videos") or (), video_in_cell)
 
 
 def _check_images(example: Example, check: Callable[[bytes], None]) -> None:
-    for number, data in enumerate(example.images, start=1):
+    _each("image", example.images, check)
+
+
+def _each(kind: str, values: Iterable[Any], read: Callable[[Any], Read]) -> tuple[Read, ...]:
+    """What `read` makes of every value. RowError, which says the how manieth it was, where it refuses one."""
+    found = []
+    for number, value in enumerate(values, start=1):
         try:
-            check(data)
-        except ImageError as error:
-            raise RowError(f"image {number} {error}") from error
+            found.append(read(value))
+        except (ImageError, VideoError) as error:
+            raise RowError(f"{kind} {number} {error}") from error
+    return tuple(found)

@@ -26,8 +26,8 @@ PLANS = Path("runs/plans")
 PACKAGES = ("hdpo-jax", "jax", "libtpu", "flax", "optax")
 
 
-def plan(config: RLConfig, *, as_json: bool, cache: Path) -> bool:
-    """Prints what the run's programs take on its slice; whether all fit."""
+def plan(config: RLConfig, *, as_json: bool, cache: Path) -> None:
+    """Prints what the run's programs take on its slice."""
     check(config)
     topology = Topology(config.topology)
     console = Console(stderr=True)
@@ -40,7 +40,6 @@ def plan(config: RLConfig, *, as_json: bool, cache: Path) -> bool:
         cache.mkdir(parents=True, exist_ok=True)
         kept.write_text(json.dumps({name: dataclasses.asdict(one) for name, one in programs.items()}))
     limit = SHARE * topology.chip.hbm_bytes
-    fits = all(one.hbm_bytes <= limit for one in programs.values())
     if as_json:
         json.dump(summary(topology, programs, limit), sys.stdout, indent=2)
         print()
@@ -51,7 +50,6 @@ def plan(config: RLConfig, *, as_json: bool, cache: Path) -> bool:
             out.print(line, highlight=False)
         for line in advice(config, programs, limit):
             out.print(f"  try {line}", highlight=False)
-    return fits
 
 
 def _estimates(config: RLConfig, topology: Topology, console: Console) -> Iterator[tuple[str, Estimate]]:
@@ -142,7 +140,7 @@ def verdict(config: RLConfig, topology: Topology, programs: Mapping[str, Estimat
 
 def _fingerprint(config: RLConfig) -> str:
     """Of all that the figures depend on: the settings, the libraries, and this code."""
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES if _installed(name)}
+    versions = {name: _version(name) for name in PACKAGES}
     code = hashlib.sha256()
     root = Path(__file__).resolve().parents[2]
     for folder in ("hdpo_jax", "models", "sharding"):
@@ -152,9 +150,8 @@ def _fingerprint(config: RLConfig) -> str:
     return hashlib.sha256(asked.encode()).hexdigest()[:16]
 
 
-def _installed(name: str) -> bool:
+def _version(package: str) -> str | None:
     try:
-        importlib.metadata.version(name)
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+        return None

@@ -15,6 +15,8 @@ from hdpo_jax.plan.hlo import Cost, Instruction, Module, dimensions
 from hdpo_jax.plan.programs import Program, Setting, learning_programs, rollout_programs
 from hdpo_jax.plan.topology import Chip, Topology
 from hdpo_jax.plan.workload import Need, Workload
+from hdpo_jax.rollout.scheduler import SHARERS
+from models import logprobs
 from models.qwen3_vl import Qwen3VLConfig, read_config
 from models.qwen3_vl.sizes import published_config
 from models.qwen3_vl.splash import BLOCKS
@@ -23,8 +25,6 @@ log = logging.getLogger(__name__)
 
 PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 """Matrix products of queries x keys x head size in each splash kernel."""
-HEAD_BLOCK = 256
-"""Tokens whose logits a device holds at a time (`models.logprobs`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,14 +144,14 @@ def loop_trips(setting: Setting, workload: Workload) -> Mapping[str, float]:
     rollout, train = config.rollout, config.train
     micro_batches = -(-train.max_rows // train.micro_batch_rows) / train.mini_batches
     rows = train.micro_batch_rows / setting.shards("batch")
-    span = HEAD_BLOCK * setting.shards("tokens") / max(rows, 1)
+    span = logprobs.BLOCK * setting.shards("tokens") / max(rows, 1)
     own = workload.response / 2
     return {
         "micro_batches": micro_batches,
         "vocabulary": -(-workload.response // span),
         "steps": rollout.chunk,
         "groups.*pages": -(-workload.prompt // rollout.page),
-        "groups": max(1.0, rollout.slots / setting.shards("slots") / 16),
+        "groups": max(1.0, rollout.slots / setting.shards("slots") / SHARERS),
         "pages": -(-own // rollout.page),
     }
 

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from hdpo_jax.algorithm.state import abstract_state, state_shardings
 from hdpo_jax.algorithm.supervised import SupervisedBatch, make_sft_step
 from hdpo_jax.algorithm.update import UpdateBatch, make_update
-from hdpo_jax.config import RLConfig, RolloutConfig
+from hdpo_jax.config import RLConfig
 from hdpo_jax.rollout.engine import make_programs
 from hdpo_jax.rollout.lockstep import Lanes
 from hdpo_jax.rollout.packing import RowShape, fill_rows
@@ -22,7 +22,7 @@ from hdpo_jax.rollout.scheduler import Scheduler
 from hdpo_jax.train.optimizer import make_optimizer
 from models.qwen3_vl import Qwen3VL, Qwen3VLConfig
 from models.qwen3_vl.attention import kernel_for
-from sharding import RULES, MeshAxes, make_mesh, param_shardings, spec
+from sharding import RULES, make_mesh, param_shardings, spec
 
 TOOL_CALL_END = 5
 """Tokens of the sequence that ends a tool call, about: the decode program remembers as many."""
@@ -46,7 +46,7 @@ class Setting:
 
     @classmethod
     def of(cls, config: RLConfig, sizes: Qwen3VLConfig, devices: Any) -> "Setting":
-        return cls(config=config, sizes=sizes, mesh=make_mesh(MeshAxes(**vars(config.mesh)), devices))
+        return cls(config=config, sizes=sizes, mesh=make_mesh(config.mesh, devices))
 
     def shards(self, logical_axis: str) -> int:
         """Parts that a logical axis is split in."""
@@ -91,12 +91,18 @@ def rollout_programs(setting: Setting) -> Mapping[str, Program]:
         end_id=0,
         forbidden=np.zeros(setting.sizes.text.vocab_size, np.bool_),
     )
-    cache = _on_mesh(jax.eval_shape(programs.empty_cache), mesh, ("slots", "layers", None, "kv_heads", None, None))
-    scheduler = Scheduler(_one_lane(config, lanes), setting.sizes, lanes=1, recent=TOOL_CALL_END - 1)
+    pages = ("slots", "layers", None, "kv_heads", None, None)
+    cache = jax.tree.map(
+        lambda leaf: _abstract(leaf.shape, leaf.dtype, mesh, pages), jax.eval_shape(programs.empty_cache)
+    )
+    scheduler = Scheduler(config.share(1, lanes), setting.sizes, lanes=1, recent=TOOL_CALL_END - 1)
     everything = scheduler.empty_round()
 
     def of_all_lanes(arrays: Any) -> Any:
-        return jax.tree.map(lambda array: _rows(array, array.shape[0] * lanes, mesh), arrays)
+        def of_leaf(array: Any) -> jax.ShapeDtypeStruct:
+            return _abstract((array.shape[0] * lanes, *array.shape[1:]), array.dtype, mesh, ("slots",))
+
+        return jax.tree.map(of_leaf, arrays)
 
     extensions = {name: everything.extensions[_shape_of(setting.config, name)] for name in ("prefill", "append")}
     laid_out = jax.eval_shape(programs.lay_out, params)
@@ -154,23 +160,11 @@ def _shape_of(config: RLConfig, name: str) -> int:
     return next(number for number, (_, tokens, patches) in enumerate(shapes) if tokens >= wanted and patches)
 
 
-def _one_lane(config: RolloutConfig, lanes: int) -> RolloutConfig:
-    return config.share(1, lanes)
-
-
 def _placed(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _rows(array: Any, rows: int, mesh: Mesh) -> jax.ShapeDtypeStruct:
-    return _abstract((rows, *array.shape[1:]), array.dtype, mesh, ("slots",))
-
-
-def _on_mesh(tree: Any, mesh: Mesh, names: tuple[str | None, ...]) -> Any:
-    return jax.tree.map(lambda leaf: _abstract(leaf.shape, leaf.dtype, mesh, names), tree)
-
-
 def _abstract(shape: tuple[int, ...], dtype: Any, mesh: Mesh, names: tuple[str | None, ...]) -> jax.ShapeDtypeStruct:
-    names = names + (None,) * (len(shape) - len(names))
-    layout = spec(RULES, names[: len(shape)], mesh, shape) if shape else PartitionSpec()
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, layout))
+    """`names` are of the first dimensions; the others are split over nothing."""
+    names = (*names, *[None] * (len(shape) - len(names)))
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec(RULES, names, mesh, shape)))

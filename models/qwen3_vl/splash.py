@@ -2,7 +2,7 @@
 
 Blocks of queries and keys that do not see each other are skipped; which those are depends on the batch, so it is found
 in the program. Segments alone are compared inside the kernel. A prefix that several segments share is beyond it: then
-the rows' masks lie in memory, a byte for each query and key.
+the rows' masks lie in memory, which the kernel takes as four bytes for each query and key.
 """
 
 import logging
@@ -60,7 +60,6 @@ def splash_attention(
     mesh = jax.sharding.get_abstract_mesh()
     attend = partial(_on_a_device, interpret=interpret)
     by_head = queries.swapaxes(1, 2) * queries.shape[-1] ** -0.5
-    index = visibility.query_index
     if mesh.empty or mesh.size == 1:
         return attend(by_head, keys, values, *visibility).swapaxes(1, 2)
     keys, values = (_enough_heads(each, shards(heads_axis)) for each in (keys, values))
@@ -80,7 +79,7 @@ def splash_attention(
             layout(visibility.query_ids, *rows),
             layout(visibility.prefix_ids, *rows),
             layout(visibility.key_ids, *row_ids),
-            layout(index, *rows),
+            layout(visibility.query_index, *rows),
         ),
         out_specs=of_queries,
         check_vma=False,
