@@ -92,6 +92,15 @@ def shards(logical_axis: str, rules: ShardingRules = RULES) -> int:
     return math.prod(mesh.shape.get(axis, 1) for axis in rules.mesh_axes(logical_axis))
 
 
+def owners(mesh: Mesh, logical_axis: str, rules: ShardingRules = RULES) -> list[list[int]]:
+    """The processes whose devices hold each part that the mesh splits a logical axis in, in the order of the parts."""
+    split = [mesh.axis_names.index(axis) for axis in rules.mesh_axes(logical_axis)]
+    others = [axis for axis in range(mesh.devices.ndim) if axis not in split]
+    count = math.prod(mesh.devices.shape[axis] for axis in split)
+    parts = mesh.devices.transpose(*split, *others).reshape(count, -1)
+    return [sorted({device.process_index for device in part}) for part in parts]
+
+
 def named_sharding(
     mesh: Mesh, *logical_axes: str | None, rules: ShardingRules = RULES, shape: tuple[int, ...] | None = None
 ) -> NamedSharding:
@@ -139,8 +148,14 @@ def shard_batch(tree: Tree, mesh: Mesh, *, axis: int = 0, rules: ShardingRules =
 
     Each process passes its own rows, all processes equally many; the result is the global array. Leaves that have no
     dimension `axis`, and rows that the devices do not divide, are replicated (one process) or refused (several).
+    Rows that devices of two processes hold would be two processes' rows: refused, too.
     """
     processes = _processes(mesh)
+    if processes > 1 and max(map(len, owners(mesh, "batch", rules))) > 1:
+        raise ValueError(
+            f"mesh {dict(mesh.shape)} has rows on devices of two of the {processes} processes: expected "
+            "mesh.tensor x mesh.context to divide a process's devices"
+        )
 
     def place(leaf: Any) -> jax.Array:
         split = ("batch", "tokens")[: max(leaf.ndim - axis, 0)]

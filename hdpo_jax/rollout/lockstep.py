@@ -18,7 +18,7 @@ from hdpo_jax.rollout.agent import Rollout
 from hdpo_jax.rollout.engine import Chunk
 from hdpo_jax.rollout.scheduler import Round
 from sharding.multihost import agree, give_up, host_local_to_global
-from sharding.rules import RULES, spec
+from sharding.rules import RULES, owners, spec
 
 
 @dataclass(frozen=True)
@@ -30,19 +30,15 @@ class Lanes:
 
     @classmethod
     def of(cls, mesh: Mesh) -> "Lanes":
-        """Raises ConfigError where a lane's devices, which hold parts of its parameters, are not of one process."""
-        split = [mesh.axis_names.index(axis) for axis in RULES.mesh_axes("slots")]
-        others = [axis for axis in range(mesh.devices.ndim) if axis not in split]
-        count = int(np.prod([mesh.devices.shape[axis] for axis in split]))
-        lanes = mesh.devices.transpose(*split, *others).reshape(count, -1)
-        found = [sorted({device.process_index for device in lane}) for lane in lanes]
-        shares = {process: sum(process in owners for owners in found) for process in range(jax.process_count())}
-        if max(map(len, found)) > 1 or len(set(shares.values())) > 1:
+        """Raises ConfigError where the devices of a row, in a lane or in a batch, are not of one process."""
+        found = owners(mesh, "slots")
+        shares = {process: sum(process in lane for lane in found) for process in range(jax.process_count())}
+        if max(map(len, owners(mesh, "batch"))) > 1 or len(set(shares.values())) > 1:
             raise ConfigError(
                 f"mesh {dict(mesh.shape)} over {jax.process_count()} processes: expected as many parts of data x fsdp "
-                "in each process, none in two; mesh.tensor has to divide a process's devices"
+                "in each process, none in two; mesh.tensor x mesh.context has to divide a process's devices"
             )
-        return cls([owners[0] for owners in found])
+        return cls([lane[0] for lane in found])
 
     @property
     def count(self) -> int:

@@ -5,18 +5,19 @@ import pickle
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from hdpo_jax.config import ConfigError
 from hdpo_jax.data.pipeline import share
 from hdpo_jax.rollout.fused import IterationFailed
 from hdpo_jax.rollout.lockstep import Lanes
 from hdpo_jax.types import Observation, ToolCall
-from sharding import make_mesh, multihost
+from sharding import make_mesh, multihost, shard_batch
 from tests.rollout.chatty import AGENT, Task, chatty_policy
 from tests.rollout.iterations import MINI_BATCHES, PROMPTS, Setting, host_driven
 from tests.rollout.test_agent import Camera
@@ -95,10 +96,14 @@ def main(directory: Path) -> None:
     rollout.close()
     seen["fused"] = (whole(state.params, policy.mesh), rollout.trajectories, jax.device_get(metrics))
 
-    try:
-        Lanes.of(make_mesh({"tensor": 4}))
-    except ConfigError as error:
-        seen["refused"] = str(error)
+    seen["refused"] = []
+    for axis in ("tensor", "context"):
+        mesh = make_mesh({axis: 4})
+        for use in (Lanes.of, partial(shard_batch, np.zeros((2, 4)))):
+            try:
+                use(mesh)
+            except ValueError as error:
+                seen["refused"].append(str(error))
     (directory / f"seen_{me}").write_bytes(pickle.dumps(seen))
 
 

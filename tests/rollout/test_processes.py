@@ -79,9 +79,15 @@ def test_what_fails_in_one_process_ends_both_and_says_why(seen):
         assert other[name] == "OtherProcessFailed('process 1 gave up: KeyboardInterrupt: enough')"
 
 
-def test_a_lane_in_two_processes_is_refused(seen):
+def test_rows_in_two_processes_are_refused(seen):
     for one in seen:
-        assert one["refused"] == (
-            "mesh {'data': 1, 'fsdp': 1, 'tensor': 4, 'context': 1} over 2 processes: expected as many parts of "
-            "data x fsdp in each process, none in two; mesh.tensor has to divide a process's devices"
-        )
+        assert one["refused"] == [
+            said
+            for sizes in ("'tensor': 4, 'context': 1", "'tensor': 1, 'context': 4")
+            for said in (
+                f"mesh {{'data': 1, 'fsdp': 1, {sizes}}} over 2 processes: expected as many parts of data x fsdp "
+                "in each process, none in two; mesh.tensor x mesh.context has to divide a process's devices",
+                f"mesh {{'data': 1, 'fsdp': 1, {sizes}}} has rows on devices of two of the 2 processes: expected "
+                "mesh.tensor x mesh.context to divide a process's devices",
+            )
+        ]
