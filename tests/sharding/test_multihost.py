@@ -46,7 +46,7 @@ def test_two_processes():
             "nested": [2, 1, 4, 3],
             "halves": [[4, 3], True],
             "replicated": [0, 1, 2],
-            "refused": "3 rows a process on mesh {'data': 2, 'fsdp': 2, 'tensor': 1}: "
+            "refused": "3 rows a process on mesh {'data': 2, 'fsdp': 2, 'tensor': 1, 'context': 1}: "
             "expected rows that the devices of a process divide",
         }
 
