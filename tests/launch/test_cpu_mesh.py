@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
 
 from tests.processes import SCHEDULERS
@@ -18,8 +19,10 @@ def start(directory: Path, *arguments: str, patience: int = 60) -> subprocess.Po
     clean = {name: value for name, value in os.environ.items() if not name.startswith((*SCHEDULERS, "XLA_FLAGS"))}
     own = {"PYTHONPATH": str(ROOT), "TMPDIR": str(directory), "CPU_MESH_PATIENCE": str(patience)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    # A group of its own: whatever a failing test leaves behind can be ended.
-    return subprocess.Popen([SCRIPT, *arguments], env=clean | own, process_group=0, **pipes)
+    # A group of its own: whatever a failing test leaves behind can be ended. A shell that starts the tests in the
+    # background has them ignore SIGINT, and a script can not trap what was ignored when it began.
+    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen([SCRIPT, *arguments], env=clean | own, process_group=0, preexec_fn=listen, **pipes)
 
 
 def end(job: subprocess.Popen[str]) -> None:
