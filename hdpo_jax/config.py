@@ -37,7 +37,7 @@ def _numbers(config: object, names: Iterable[str]) -> Iterator[tuple[str, float]
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     path: str
-    """A Qwen3-VL directory in HF format."""
+    """A Qwen3-VL or (text only) Qwen3 directory in HF format."""
     dtype: Dtype = "bfloat16"
     """Activations and matrix products."""
     param_dtype: Dtype = "float32"

@@ -9,8 +9,8 @@ from jaxtyping import Bool, Int
 from PIL import Image
 
 from hdpo_jax.tools.protocol import TOOL_CALL_END
+from models.policy import PolicyProcessor
 from models.qwen3_vl import EncodedImage
-from models.qwen3_vl.processing import Processor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class EncodedConversation:
 
 
 def encode_conversation(
-    messages: Sequence[Mapping[str, Any]], images: Sequence[Image.Image], processor: Processor
+    messages: Sequence[Mapping[str, Any]], images: Sequence[Image.Image], processor: PolicyProcessor
 ) -> EncodedConversation:
     """Ids of a whole conversation: the prompt by the chat template, each later turn by extension.
 

@@ -11,7 +11,7 @@ from jaxtyping import Int
 from hdpo_jax.config import ConfigError, TrainConfig
 from hdpo_jax.rollout.packing import Family, RowShape, assign_rows, fill_rows
 from hdpo_jax.types import PackedRows
-from models.qwen3_vl import Qwen3VLConfig
+from models.policy import PolicyConfig
 from sharding.multihost import agree, together
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ class RowBatcher:
     one compilation. A process packs what is its own, into its part of each micro-batch's rows.
     """
 
-    def __init__(self, train: TrainConfig, model: Qwen3VLConfig, *, fixed: bool = False):
+    def __init__(self, train: TrainConfig, model: PolicyConfig, *, fixed: bool = False):
         """`fixed`: called from inside a program, where nothing grows and no process can ask another."""
         processes = jax.process_count()
         if train.micro_batch_rows % processes:

@@ -9,6 +9,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from models.policy import PolicyModel
 from models.qwen3_vl.layers import LayerT, Linear, by_columns
 from models.qwen3_vl.model import Qwen3VL
 from sharding import constrain
@@ -19,16 +20,16 @@ time with 8 rows, 0.74 with 16, 0.68 to 0.86 with 32, 0.96 to 1.03 with 64 and 1
 
 
 def decoding_layout(
-    model: Qwen3VL, *, platform: str, rows: int
+    model: PolicyModel, *, platform: str, rows: int
 ) -> tuple[nnx.GraphDef, Callable[[nnx.State], nnx.State]]:
     """The structure that decodes `rows` rows a device best, and what makes its parameters of the model's.
 
     `platform` is JAX's name of the devices. Only a CPU with few rows gets another structure than the model's: other
     compilers take parameters from where they lie, and accelerators have no room for a copy of them.
     """
+    if platform != "cpu" or rows > FEW_ROWS or not isinstance(model, Qwen3VL):
+        return nnx.split(model)[0], lambda params: params
     graphdef, params = nnx.split(model)
-    if platform != "cpu" or rows > FEW_ROWS:
-        return graphdef, lambda params: params
 
     def of_params(params: nnx.State) -> Qwen3VL:
         return laid_out(nnx.merge(graphdef, params))

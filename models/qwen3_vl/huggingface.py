@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
+from models.policy import PolicyConfig
 from models.qwen3_vl.config import Qwen3VLConfig
 from models.qwen3_vl.layers import Remat
 from models.qwen3_vl.model import Qwen3VL
@@ -33,6 +34,7 @@ from sharding.multihost import barrier, is_lead
 
 WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
 StatePath = tuple[str | int, ...]
+ValueT = TypeVar("ValueT")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,11 +51,27 @@ class TensorPlace:
     """The file holds [outputs, inputs], the model [inputs, outputs], each side of one or several dimensions."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class CheckpointFormat:
+    """What differs between the files of one architecture and another's with the same decoder."""
+
+    config: Any
+    """The class of its config, which has `from_hf`."""
+    model: Any
+    """The class of the model."""
+    text: str
+    """What the names of the decoder's tensors begin with."""
+
+
+CANONICAL_TEXT = "model.language_model."
+QWEN3_VL = CheckpointFormat(config=Qwen3VLConfig, model=Qwen3VL, text=CANONICAL_TEXT)
+
+
 # -- names --------------------------------------------------------------------------------------------------------
 
 
-def tensor_places(config: Qwen3VLConfig) -> dict[str, TensorPlace]:
-    """Every tensor of a checkpoint by its name, and where it belongs."""
+def tensor_places(config: PolicyConfig) -> dict[str, TensorPlace]:
+    """Every tensor of a checkpoint by its name (`_canonical`), and where it belongs."""
     places: dict[str, TensorPlace] = {}
 
     def add(name: str, path: StatePath, shape: tuple[int, ...], *, layer: int | None = None, transposed: bool = False):
@@ -93,6 +111,8 @@ def tensor_places(config: Qwen3VLConfig) -> dict[str, TensorPlace]:
         ):
             add(f"{name}.{theirs}.weight", (*path, ours, "scale"), (length,), layer=layer)
 
+    if vision is None:
+        return places
     width = vision.hidden_size
     kernel = (vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size)
     patch = ("vision", "patch_embedding")
@@ -128,6 +148,15 @@ def _canonical(name: str) -> str:
     return name
 
 
+def _as_stored(of_tensors: Mapping[str, ValueT], form: CheckpointFormat) -> dict[str, ValueT]:
+    """With each tensor under the name that it has in the files."""
+
+    def stored(name: str) -> str:
+        return form.text + name.removeprefix(CANONICAL_TEXT) if name.startswith(CANONICAL_TEXT) else name
+
+    return {stored(name): value for name, value in of_tensors.items()}
+
+
 # -- load ---------------------------------------------------------------------------------------------------------
 
 
@@ -151,12 +180,12 @@ def _check(stored: Mapping[str, StoredTensor], places: Mapping[str, TensorPlace]
         raise CheckpointError(f"{directory}: tensors do not match config.json; {'; '.join(found)}")
 
 
-def read_config(directory: str | os.PathLike[str]) -> Qwen3VLConfig:
+def read_config(directory: str | os.PathLike[str], form: CheckpointFormat = QWEN3_VL) -> Any:
     """The config.json of a checkpoint directory."""
     file = Path(directory) / "config.json"
     raw = read_json(file)
     try:
-        return Qwen3VLConfig.from_hf(raw)
+        return form.config.from_hf(raw)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{file}: {error}") from None
 
@@ -168,6 +197,7 @@ def load_hf(
     dtype: DTypeLike = jnp.bfloat16,
     param_dtype: DTypeLike = jnp.float32,
     remat: Remat = "full",
+    form: CheckpointFormat = QWEN3_VL,
 ) -> Qwen3VL:
     """The model of a Hugging Face directory, its parameters sharded over `mesh` (None: on the default device).
 
@@ -175,19 +205,19 @@ def load_hf(
     or of another shape than config.json says.
     """
     directory = Path(directory)
-    config = read_config(directory)
+    config = read_config(directory, form)
     places = tensor_places(config)
     stored = stored_tensors(directory, _canonical)
     if config.tie_word_embeddings:
         # Some files hold the tied matrix twice.
         stored.pop("lm_head.weight", None)
-    _check(stored, places, directory)
+    _check(_as_stored(stored, form), _as_stored(places, form), directory)
     sources: dict[StatePath, list[tuple[TensorPlace, StoredTensor]]] = {}
     for name, place in places.items():
         sources.setdefault(place.path, []).append((place, stored[name]))
 
     def build() -> Qwen3VL:
-        return Qwen3VL(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=param_dtype, remat=remat)
+        return form.model(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=param_dtype, remat=remat)
 
     graphdef, abstract = nnx.split(nnx.eval_shape(build))
     if mesh is None:
@@ -241,6 +271,7 @@ def save_hf(
     *,
     dtype: DTypeLike | None = None,
     max_shard_bytes: int = 5 * 10**9,
+    form: CheckpointFormat = QWEN3_VL,
 ) -> None:
     """Writes the model as a Hugging Face directory that transformers loads as it is.
 
@@ -254,7 +285,7 @@ def save_hf(
     config = model.config.to_hf()
     stored: dict[str, StoredTensor] = {}
     if base is not None:
-        if read_config(base) != model.config:
+        if read_config(base, form) != model.config:
             raise CheckpointError(f"{base} describes a model of other sizes than the one to be saved")
         config = read_json(Path(base) / "config.json")
         # A base may be a tokenizer and a config only, where a model was trained from scratch.
@@ -264,6 +295,7 @@ def save_hf(
         raise CheckpointError(f"{directory} is there and is no model directory; choose another place to save to")
     dtypes = {name: np.dtype(dtype) if dtype else _stored_dtype(stored, name, model) for name in places}
     _set_dtype(config, dtypes["model.language_model.embed_tokens.weight"])
+    places, dtypes = _as_stored(places, form), _as_stored(dtypes, form)
 
     tensors = file_tensors(model, places, dtypes)
     if not is_lead():

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Int
 from PIL import Image
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from models.policy import PolicyConfig
 from models.qwen3_vl.config import Qwen3VLConfig
 from models.qwen3_vl.images import EncodedImage
 from models.qwen3_vl.pixels import ImageSettings, encode_image, load_image
@@ -71,10 +72,14 @@ class Processor:
         image_settings: ImageSettings,
         stop_ids: Iterable[int] = (),
     ):
-        self.config = config
-        self.tokenizer = tokenizer
         self.image_settings = image_settings
         _check_sizes(config, image_settings)
+        self._take(config, tokenizer, stop_ids)
+
+    def _take(self, config: PolicyConfig, tokenizer: PreTrainedTokenizerFast, stop_ids: Iterable[int]) -> None:
+        """What text needs."""
+        self.config = config
+        self.tokenizer = tokenizer
         # Two encoders of their own: transformers switches one shared object back and forth, which threads would see.
         self._control = copy.deepcopy(tokenizer.backend_tokenizer)
         self._control.encode_special_tokens = False
@@ -95,6 +100,10 @@ class Processor:
         """The same where the policy itself sampled the end-of-turn token."""
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys([closing[0], *stop_ids]))
         """Tokens that end a trajectory's turn; the first is the one the chat template closes a turn with."""
+        self.tool_call_end: tuple[int, ...] = tuple(self._plain.encode("</tool_call>", add_special_tokens=False).ids)
+        """The tokens of `</tool_call>`: one where the tokenizer knows it, as Qwen's do, else several."""
+        self.forbidden: Bool[np.ndarray, " vocabulary"] = self._forbidden()
+        """Ids that may never be sampled: vision placeholders, and ids of the model that the tokenizer does not know."""
 
     def __reduce__(self):
         # Made anew where it is unpickled (data workers, deep copies): a pickled encoder forgets which of the two it is.
@@ -106,39 +115,13 @@ class Processor:
         """From a directory in HF format. Raises ValueError, one line, that names the file that is missing or wrong."""
         directory = Path(directory)
         config = Qwen3VLConfig.from_hf(_json(directory, "config.json"))
-        generation = _json(directory, "generation_config.json", {})
-        tokenizer = _tokenizer(directory)
-        ends = generation.get("eos_token_id")
-        stop_ids = [*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]
+        tokenizer = read_tokenizer(directory)
         return cls(
             config=config,
             tokenizer=tokenizer,
             image_settings=_image_settings(directory),
-            stop_ids=[number for number in stop_ids if number is not None],
+            stop_ids=read_stop_ids(directory, tokenizer),
         )
-
-    # Tokens with a meaning of their own
-
-    @functools.cached_property
-    def tool_call_end(self) -> tuple[int, ...]:
-        """The tokens of `</tool_call>`: one where the tokenizer knows it, as Qwen's do, else several."""
-        return tuple(self._plain.encode("</tool_call>", add_special_tokens=False).ids)
-
-    @functools.cached_property
-    def forbidden(self) -> Bool[np.ndarray, " vocabulary"]:
-        """Ids that may never be sampled: vision placeholders, and ids of the model that the tokenizer does not know."""
-        mask = np.ones(self.config.text.vocab_size, bool)
-        known = np.fromiter(self._control.get_vocab(with_added_tokens=True).values(), np.int64)
-        mask[known[known < len(mask)]] = False
-        config = self.config
-        for placeholder in (
-            config.image_token_id,
-            config.video_token_id,
-            config.vision_start_token_id,
-            config.vision_end_token_id,
-        ):
-            mask[placeholder] = True
-        return mask
 
     # Encoding
 
@@ -206,6 +189,21 @@ class Processor:
         return self._control.decode(numbers, skip_special_tokens=False)
 
     # Inside
+
+    def _forbidden(self) -> Bool[np.ndarray, " vocabulary"]:
+        mask = np.ones(self.config.text.vocab_size, bool)
+        known = np.fromiter(self._control.get_vocab(with_added_tokens=True).values(), np.int64)
+        mask[known[known < len(mask)]] = False
+        for placeholder in self._placeholders():
+            mask[placeholder] = True
+        return mask
+
+    def _placeholders(self) -> tuple[int, ...]:
+        """Tokens around images and in their places."""
+        config = self.config
+        assert isinstance(config, Qwen3VLConfig)
+        ends = config.vision_start_token_id, config.vision_end_token_id
+        return config.image_token_id, config.video_token_id, *ends
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         try:
@@ -343,7 +341,7 @@ def _json(directory: Path, name: str, missing: dict[str, Any] | None = None) -> 
         raise ValueError(f"{path} is not JSON: {error}") from error
 
 
-def _tokenizer(directory: Path) -> PreTrainedTokenizerFast:
+def read_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     if not any((directory / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         raise ValueError(f"{directory} has no tokenizer.json; expected a Qwen3-VL directory in HF format")
     try:
@@ -354,6 +352,13 @@ def _tokenizer(directory: Path) -> PreTrainedTokenizerFast:
         raise ValueError(f"{directory} holds a {type(tokenizer).__name__}; expected one with a tokenizer.json")
     tokenizer.chat_template = _chat_template(directory, tokenizer.chat_template)
     return tokenizer
+
+
+def read_stop_ids(directory: Path, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """What ends a turn by generation_config.json, and by the tokenizer."""
+    ends = _json(directory, "generation_config.json", {}).get("eos_token_id")
+    found = [*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]
+    return [number for number in found if number is not None]
 
 
 def _chat_template(directory: Path, of_tokenizer: str | dict[str, str] | None) -> str:

@@ -6,9 +6,10 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from models.policy import PolicyConfig
 from models.qwen3_vl.attention import Visibility, causal_attention, paged_attention
 from models.qwen3_vl.cache import KVCache, SharedPages
-from models.qwen3_vl.config import Qwen3VLConfig, TextConfig
+from models.qwen3_vl.config import TextConfig
 from models.qwen3_vl.layers import ACTIVATION_FUNCTIONS, ATTENTION, Linear, Precision, Remat, RMSNorm, scan, stack
 from models.qwen3_vl.rope import Rotation, rotate
 from sharding import constrain
@@ -62,7 +63,7 @@ class TextLayer(nnx.Module):
 class Decoder(nnx.Module):
     """The layers and the norm after them."""
 
-    def __init__(self, config: Qwen3VLConfig, *, precision: Precision, rngs: nnx.Rngs):
+    def __init__(self, config: PolicyConfig, *, precision: Precision, rngs: nnx.Rngs):
         self.config = config
         text = config.text
         self.layers: TextLayer | nnx.List[TextLayer] = stack(
