@@ -90,7 +90,7 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 def test_cold_start_and_hdpo_with_the_python_tool(task, tmp_path):
     """Settings leave room for image patches, as the defaults do; no array is made for them."""
-    train_sft(sft_config(task, tmp_path / "sft", steps=24))
+    train_sft(sft_config(task, tmp_path / "sft", steps=30))
     losses = [line["loss/total"] for line in metrics(tmp_path / "sft")]
     assert losses[-1] < 0.2 * losses[0]
     export_hf(tmp_path / "sft", tmp_path / "cold")
