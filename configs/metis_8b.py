@@ -13,7 +13,7 @@ from hdpo_jax.config import DataConfig, ModelConfig, RLConfig, RolloutConfig
 def get_config() -> RLConfig:
     return RLConfig(
         output="runs/metis_8b",
-        model=ModelConfig(path="Metis-8B-ColdStart", dtype="bfloat16"),
+        model=ModelConfig(path="Metis-8B-ColdStart", size="8B", dtype="bfloat16"),
         data=DataConfig(path="Metis-RL"),
         # 64 responses and the 4 prompts they go on from, all at their longest: 43 % of 64 slots at their capacity.
         rollout=RolloutConfig(pages=4 * 24_576 // 64 + 64 * (16_384 // 64 + 1)),

@@ -1,5 +1,6 @@
 """The command line, `hdpo`. Help does not wait for JAX, and an error is one readable line."""
 
+import glob
 import logging
 import os
 import re
@@ -21,6 +22,7 @@ Qwen3-VL and HDPO in JAX: agents that learn when a tool is worth its call.
   score             teacher-forced log-probs of conversations
   import-hf         HF safetensors to an Orbax checkpoint
   export-hf         a checkpoint to HF safetensors
+  plan CONFIG       what a run takes on its TPU slice, without a TPU
   report RUN_DIR    one HTML page: curves and a trajectory browser
 
 CONFIG is a Python file, or the name of one in configs/; flags override its fields (--train.steps 50).
@@ -36,6 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="hdpo: %(message)s")
     # That PyTorch is not there is no news: transformers only brings the tokenizers.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    if not has_accelerator():
+        # With the TPU compiler installed, JAX would look for a TPU first, and say at length that there is none.
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
     try:
         return dispatch([argument for argument in given if argument != "--debug"])
     except KeyboardInterrupt:
@@ -46,6 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             raise
         return _fail(describe(error), 2 if is_misuse(error) else 1)
+
+
+def has_accelerator() -> bool:
+    """Whether this machine shows a device file of a TPU or a GPU."""
+    return any(glob.glob(pattern) for pattern in ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia*", "/dev/kfd"))
 
 
 def dispatch(arguments: Sequence[str]) -> int:

@@ -168,9 +168,13 @@ class ExportHF:
 
     def run(self) -> None:
         from hdpo_jax.evaluate.convert import export_hf
+        from sharding.multihost import is_lead
+        from sharding.watch import job
 
-        export_hf(self.checkpoint, self.output, self.dtype)
-        print(self.output)
+        with job():
+            export_hf(self.checkpoint, self.output, self.dtype)
+            if is_lead():
+                print(self.output)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,13 +199,14 @@ COMMANDS: dict[str, type[Command]] = {
     "export-hf": ExportHF,
     "report": Report,
 }
-RUNS: dict[str, type[SFTConfig] | type[RLConfig]] = {"sft": SFTConfig, "train": RLConfig}
+RUNS: dict[str, type[SFTConfig] | type[RLConfig]] = {"sft": SFTConfig, "train": RLConfig, "plan": RLConfig}
+"""Commands that take a config, and of what kind."""
 
 
 def run_command(name: str, flags: Sequence[str]) -> None:
     """Runs a command; ConfigError where there is none of that name, or the flags do not fit it."""
     if name in RUNS:
-        _train(name, flags)
+        _run_config(name, flags)
     elif name in COMMANDS:
         command = parse_flags(COMMANDS[name], flags, program=f"hdpo {name}")
         if isinstance(command, Eval) and (run := command.settings_of):
@@ -213,22 +218,34 @@ def run_command(name: str, flags: Sequence[str]) -> None:
         raise ConfigError(f"there is no command {name!r}; expected one of {known}")
 
 
-def _train(name: str, flags: Sequence[str]) -> None:
+def _run_config(name: str, flags: Sequence[str]) -> None:
     kind, program = RUNS[name], f"hdpo {name} CONFIG"
     choices = f"CONFIG is a Python file that defines get_config() -> {kind.__name__}, or a name: "
     choices += ", ".join(config_names()) or "(configs/ is empty)"
+    if name == "plan":
+        choices += "\n\n--json prints an object instead of a table."
     if flags and flags[0] in ("-h", "--help"):
         parse_flags(kind, ["--help"], program=program, description=f"{kind.__doc__}\n\n{choices}")
     if not flags or flags[0].startswith("-"):
         raise ConfigError(f"{program}: a config comes first. {choices}")
     path, *overrides = flags
+    as_json = name == "plan" and "--json" in overrides
+    overrides = [flag for flag in overrides if not (as_json and flag == "--json")]
     config = parse_flags(kind, overrides, program=f"hdpo {name} {path}", default=load_config(path, kind))
-    if isinstance(config, SFTConfig):
-        from hdpo_jax.train.sft import train_sft
+    if name == "plan" and isinstance(config, RLConfig):
+        from hdpo_jax.plan.command import PLANS, plan
 
-        result = train_sft(config)
-    else:
-        from hdpo_jax.train.rl import train_rl
+        plan(config, as_json=as_json, cache=PLANS)
+        return
+    from sharding.watch import job
 
-        result = train_rl(config)
+    with job():
+        if isinstance(config, SFTConfig):
+            from hdpo_jax.train.sft import train_sft
+
+            result = train_sft(config)
+        else:
+            from hdpo_jax.train.rl import train_rl
+
+            result = train_rl(config)
     result.require_finished(config.output)

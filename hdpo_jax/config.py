@@ -38,6 +38,8 @@ def _numbers(config: object, names: Iterable[str]) -> Iterator[tuple[str, float]
 class ModelConfig:
     path: str
     """A Qwen3-VL or (text only) Qwen3 directory in HF format."""
+    size: str = ""
+    """The published size this is, as in 8B: `hdpo plan` takes it where the directory is not at hand."""
     dtype: Dtype = "bfloat16"
     """Activations and matrix products."""
     param_dtype: Dtype = "float32"
@@ -135,6 +137,9 @@ class RolloutConfig:
     )
     """Static sizes (rows, tokens, image patches) in which prompts and observations are computed: each in the first
     that holds it, what no size holds in parts. Of those with other rows only, the smallest that holds the batch."""
+    parameters: Literal["sharded", "gathered"] = "sharded"
+    """Where a decode step reads them from. gathered: a copy for the time of the rollouts, in model.dtype and split over
+    mesh.tensor only; it takes that memory, and spares every step the gathering over mesh.fsdp."""
     longest_first: bool = True
     """Prompts whose rollouts were long before start first."""
     temperature: float = 1.0
@@ -316,6 +321,8 @@ class RLConfig:
     """A reinforcement-learning run: `hdpo train`."""
 
     output: str
+    topology: str = ""
+    """The TPU slice that it is for, as in v5p:4x4x4: `hdpo plan` compiles for it. A run takes the devices it finds."""
     model: ModelConfig
     data: DataConfig
     mesh: MeshAxes = field(default_factory=MeshAxes)

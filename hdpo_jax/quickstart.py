@@ -26,7 +26,7 @@ from hdpo_jax.files import write_text_atomically
 from hdpo_jax.tools.toolbox import ToolBox
 from hdpo_jax.train.compilations import CompilationCounter
 from hdpo_jax.train.loop import RunResult
-from hdpo_jax.train.policy import load_policy
+from hdpo_jax.train.policy import load_policy, require_one_process
 from hdpo_jax.train.rl import train_rl
 from hdpo_jax.train.sft import train_sft
 
@@ -45,6 +45,7 @@ SHOWN = {
 
 def run(out: Path, seed: int, tools: ToolsConfig, signs: SignsConfig) -> Mapping[str, Any]:
     """Every stage in turn, each skipped or resumed where `out` already holds it. Returns the summary."""
+    require_one_process()
     console = Console()
     clock = _Clock(out / "seconds.json")
 

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from PIL import Image
 
 from models.qwen3_vl.images import EncodedImage, PackedImages
+from models.qwen3_vl.video import Video
 
 
 class StopReason(enum.Enum):
@@ -27,13 +28,15 @@ class StopReason(enum.Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """One question: chat messages with `<image>` marks resolved to image parts, and what is right."""
+    """One question: chat messages with `<image>` and `<video>` marks resolved to parts, and what is right."""
 
     id: str
     messages: Sequence[Mapping[str, Any]]
     """Roles and contents as a chat template takes them; image parts are `{"type": "image"}`, in order."""
     images: Sequence[bytes]
     """The original image files (JPEG, PNG…), full resolution, in the order of the image parts."""
+    videos: Sequence[Video] = ()
+    """In the order of the video parts. Tools do not get them."""
     ground_truth: str | Sequence[str]
     """What a right answer says; of several, any may match."""
     data_source: str
@@ -88,7 +91,7 @@ class Trajectory:
     """The same under the distribution that the tokens were drawn from: truncated by top-k, top-p and min-p."""
     prompt_length: int
     images: Sequence[EncodedImage]
-    """The prompt's images, then those of observations, in token order."""
+    """The prompt's images and what its videos show, then the images of observations, in token order."""
     prompt_images: int
     turns: Sequence[Turn]
     """Assistant and tool turns after the prompt."""

@@ -29,6 +29,7 @@ class Family:
 
 FAMILIES = {
     "qwen3_vl": Family(format=QWEN3_VL, processor=Processor),
+    "qwen3_vl_moe": Family(format=QWEN3_VL, processor=Processor),
     "qwen3": Family(format=CheckpointFormat(config=Qwen3Config, model=Qwen3, text="model."), processor=TextProcessor),
 }
 

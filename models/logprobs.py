@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from sharding import RULES, constrain, spec
+from sharding import RULES, constrain, shards, spec
 
 
 class TokenLogprobs(NamedTuple):
@@ -57,7 +57,8 @@ def token_logprobs_and_entropy(
     wanted = jnp.broadcast_to(True, targets.shape) if wanted is None else wanted.reshape(-1, length)
     forbidden = jnp.zeros(head.shape[-1], bool) if forbidden is None else forbidden
     # A block takes some tokens of every row, so that rows stay on the devices that hold them.
-    span = min(length, max(1, block * _parts(len(targets)) // len(targets)))
+    devices = _parts("batch", len(targets)) * shards("tokens")
+    span = min(length, max(1, block * devices // len(targets)))
     found = _of_rows(temperature, span, hidden, head, targets, wanted, forbidden)
     return jax.tree.map(lambda values: values.reshape(shape), found)
 
@@ -104,7 +105,11 @@ def _backward(
     hidden, head, targets, wanted, forbidden, entropy = kept
     blocks = _Blocks(wanted, span)
     of_token = (hidden, targets, entropy, *(blocks.gather(jnp.where(wanted, slope, 0)) for slope in slopes))
-    parts = _parts(len(targets))
+    parts, stretches = _parts("batch", len(targets)), _parts("tokens", span)
+
+    def by_device(array: Float[Array, "rows span width"]) -> Float[Array, "parts stretches tokens width"]:
+        split = array.reshape(parts, -1, stretches, span // stretches, array.shape[-1])
+        return split.swapaxes(1, 2).reshape(parts, stretches, -1, array.shape[-1])
 
     def look(at: Array, gradients: tuple[Array, Array]) -> tuple[Array, Array]:
         hidden, targets, *values = (blocks.read(each, at) for each in of_token)
@@ -115,14 +120,13 @@ def _backward(
         slope = (jnp.where(is_target, by_logprob, 0) - jnp.exp(of_all) * spread) / temperature
         slope = slope.astype(hidden.dtype)
         of_hidden = jnp.einsum("rtv,ev->rte", slope, head.astype(hidden.dtype))
-        hidden, slope = (array.reshape(parts, -1, array.shape[-1]) for array in (hidden, slope))
-        of_head = jnp.einsum("pte,ptv->pev", hidden, slope, preferred_element_type=jnp.float32)
+        of_head = jnp.einsum("pste,pstv->psev", by_device(hidden), by_device(slope), preferred_element_type=jnp.float32)
         return blocks.write(gradients[0], of_hidden, at), constrain(gradients[1] + of_head, *apart)
 
-    apart = ("batch", None, "vocab")
-    nothing = constrain(jnp.zeros((parts, *head.shape), jnp.float32), *apart)
+    apart = ("batch", "tokens", None, "vocab")
+    nothing = constrain(jnp.zeros((parts, stretches, *head.shape), jnp.float32), *apart)
     of_hidden, of_head = blocks.loop(look, (jnp.zeros_like(hidden), nothing))
-    of_head = constrain(of_head.sum(axis=0), "embed", "vocab")
+    of_head = constrain(of_head.sum(axis=(0, 1)), "embed", "vocab")
     return blocks.scatter(of_hidden), of_head.astype(head.dtype), None, None, None
 
 
@@ -153,10 +157,12 @@ class _Blocks:
         return jnp.where(self._wanted.reshape(*self._wanted.shape, *[1] * (values.ndim - 2)), values, 0)
 
     def loop(self, look: Callable[[Array, Any], Any], found: Any) -> Any:
-        return jax.lax.fori_loop(0, self._count, look, found)
+        with jax.named_scope("vocabulary"):
+            return jax.lax.fori_loop(0, self._count, look, found)
 
     def read(self, values: Array, at: Array) -> Array:
-        return jax.lax.dynamic_slice_in_dim(values, at * self._span, self._span, axis=1)
+        block = jax.lax.dynamic_slice_in_dim(values, at * self._span, self._span, axis=1)
+        return constrain(block, "batch", "tokens", *[None] * (values.ndim - 2))
 
     def write(self, values: Any, block: Any, at: Array) -> Any:
         def of_leaf(values: Array, block: Array) -> Array:
@@ -169,9 +175,9 @@ def _pick(values: Shaped[Array, "rows tokens ..."], at: Int[Array, "rows picked"
     return jax.vmap(lambda row, at: row[at])(values, at)
 
 
-def _parts(rows: int) -> int:
-    """Over how many devices so many rows are split on the mesh that is set."""
+def _parts(logical_axis: str, size: int) -> int:
+    """Over how many devices a dimension of this size is split on the mesh that is set."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return 1
-    return rows // NamedSharding(mesh, spec(RULES, ("batch",), mesh, (rows,))).shard_shape((rows,))[0]
+    return size // NamedSharding(mesh, spec(RULES, (logical_axis,), mesh, (size,))).shard_shape((size,))[0]

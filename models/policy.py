@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # `qwen3_vl` itself is typed with the first protocol.
     from models.qwen3_vl.config import TextConfig, VisionConfig
     from models.qwen3_vl.images import EncodedImage, PackedImages
     from models.qwen3_vl.processing import EncodedPrompt, Message, ObservationTurn
+    from models.qwen3_vl.video import Video
 
 
 class PolicyConfig(Protocol):
@@ -97,7 +98,7 @@ class PolicyModel(Protocol):
 
 
 class PolicyProcessor(Protocol):
-    """Messages, images and tools' observations as token ids; what is in a trajectory is never encoded anew.
+    """Messages, images, videos and tools' observations as token ids; what is in a trajectory is never encoded anew.
 
     What can not be encoded is a ValueError of one line: data skips the row, an observation goes without the image.
     """
@@ -126,10 +127,17 @@ class PolicyProcessor(Protocol):
         self,
         messages: "Sequence[Message]",
         images: "Sequence[Image.Image] | None" = None,
+        videos: "Sequence[Video] | None" = None,
         *,
         add_generation_prompt: bool = True,
     ) -> "EncodedPrompt":
-        """A conversation by the chat template; image parts take `images` in order, or, when None, what they carry."""
+        """A conversation by the chat template; parts take `images` and `videos` in order, or, when None, their own."""
+        ...
+
+    def user_turn(
+        self, message: "Message", images: "Sequence[Image.Image]", videos: "Sequence[Video]"
+    ) -> "EncodedPrompt":
+        """A later turn of the user, its parts in their order, and the start of the assistant's next turn."""
         ...
 
     def observation_turn(

@@ -9,6 +9,7 @@ from sharding.rules import (
     param_shardings,
     replicate,
     shard_batch,
+    shards,
     spec,
 )
 
@@ -22,5 +23,6 @@ __all__ = [
     "param_shardings",
     "replicate",
     "shard_batch",
+    "shards",
     "spec",
 ]

@@ -1,4 +1,4 @@
-"""The device mesh: three named axes over every chip of every host."""
+"""The device mesh: four named axes over every chip of every host."""
 
 import dataclasses
 import math
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 
@@ -20,13 +22,15 @@ class MeshAxes:
     """Parameters are split here and gathered when used; rows are split too."""
     tensor: int = 1
     """Heads, hidden units and vocabulary are split here; rows are not."""
+    context: int = 1
+    """The tokens of a row are split here while it is learned; parameters, and slots of rollouts, as over fsdp."""
 
 
 AXES = tuple(field.name for field in dataclasses.fields(MeshAxes))
 
 
 def make_mesh(axes: MeshAxes | Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
-    """Mesh with axes ("data", "fsdp", "tensor") over `devices`, all of them when None.
+    """Mesh with axes ("data", "fsdp", "tensor", "context") over `devices`, all of them when None.
 
     The axis types are Auto: the compiler propagates shardings from the arguments and from `constrain`.
     Raises ValueError, one line, when the sizes do not multiply to the number of devices.
@@ -34,8 +38,29 @@ def make_mesh(axes: MeshAxes | Mapping[str, int], devices: Sequence[Any] | None 
     sizes = _sizes(axes)
     devices = jax.devices() if devices is None else devices
     shape = _fill(sizes, len(devices))
-    # jax.make_mesh, not a reshape: on a TPU it follows the torus, so that neighbours on an axis are linked chips.
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    return Mesh(_placed(shape, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _placed(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
+    """The devices in the shape of the mesh, neighbours on an axis linked where the chips' torus allows.
+
+    What shares rows (tensor, context) lies within a process where its devices suffice: a process then has rows, and
+    slots of rollouts, of its own. Laid out along the torus, four chips in a line would be of two processes.
+    """
+    data, fsdp, tensor, context = shape
+    processes = len({device.process_index for device in devices})
+    cells, left = divmod(len(devices) // processes, tensor * context)
+    if processes == 1 or left or tensor * context == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    in_data = math.gcd(data, cells) if fsdp % cells else 1
+    in_fsdp = cells // in_data
+    if data % in_data or fsdp % in_fsdp:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    within = (in_data, in_fsdp, tensor, context)
+    between = (data // in_data, fsdp // in_fsdp, 1, 1)
+    return mesh_utils.create_hybrid_device_mesh(
+        within, between, devices, process_is_granule=True, allow_split_physical_axes=True
+    )
 
 
 def _sizes(axes: MeshAxes | Mapping[str, int]) -> Mapping[str, int]:

@@ -29,6 +29,8 @@ def start() -> None:
     """
     if jax.distributed.is_initialized():
         return
+    # It would take SIGTERM from a process for good; a run has a way of its own to stop and save (`StopSignal`).
+    jax.config.update("jax_enable_preemption_service", False)
     if os.environ.get("JAX_COORDINATOR_ADDRESS"):
         jax.distributed.initialize(
             coordinator_address=os.environ["JAX_COORDINATOR_ADDRESS"],

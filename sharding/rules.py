@@ -18,16 +18,18 @@ MeshAxis = str | tuple[str, ...] | None
 class ShardingRules:
     """The mesh axis, or axes, that each logical axis is split over; None: every device holds all of it."""
 
-    # Parameters: one dimension is split over fsdp and gathered on use, the other stays split over tensor.
+    # Parameters: one dimension is split over fsdp and context and gathered on use, the other stays split over tensor.
     vocab: MeshAxis = "tensor"
-    embed: MeshAxis = "fsdp"
+    embed: MeshAxis = ("fsdp", "context")
     mlp: MeshAxis = "tensor"
     heads: MeshAxis = "tensor"
     kv_heads: MeshAxis = "tensor"
     head_dim: MeshAxis = None
+    experts: MeshAxis = "fsdp"
+    """Whole experts, before `embed` takes its turn: they can then be used where they lie."""
     layers: MeshAxis = None
     """The axis that layers are stacked on; scanned over, so a split would gather a layer at every step."""
-    vision_embed: MeshAxis = "fsdp"
+    vision_embed: MeshAxis = ("fsdp", "context")
     vision_mlp: MeshAxis = "tensor"
     vision_heads: MeshAxis = "tensor"
     patch: MeshAxis = None
@@ -35,8 +37,10 @@ class ShardingRules:
 
     # Activations and batches.
     batch: MeshAxis = ("data", "fsdp")
-    slots: MeshAxis = ("data", "fsdp")
-    tokens: MeshAxis = None
+    slots: MeshAxis = ("data", "fsdp", "context")
+    """Rollouts stand on devices row by row, for a decode step has no stretches to split."""
+    tokens: MeshAxis = "context"
+    """Of whole rows: each device holds a stretch of them."""
 
     def mesh_axes(self, logical_axis: str | None) -> tuple[str, ...]:
         """Mesh axes of a logical axis; ValueError for a name that has no rule."""
@@ -82,6 +86,12 @@ def spec(
     return P(*entries)
 
 
+def shards(logical_axis: str, rules: ShardingRules = RULES) -> int:
+    """How many parts a logical axis is split in on the mesh of `jax.set_mesh`, where all of them divide it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape.get(axis, 1) for axis in rules.mesh_axes(logical_axis))
+
+
 def named_sharding(
     mesh: Mesh, *logical_axes: str | None, rules: ShardingRules = RULES, shape: tuple[int, ...] | None = None
 ) -> NamedSharding:
@@ -125,7 +135,7 @@ def _is_variable(leaf: object) -> bool:
 
 
 def shard_batch(tree: Tree, mesh: Mesh, *, axis: int = 0, rules: ShardingRules = RULES) -> Tree:
-    """Host arrays -> device arrays with dimension `axis` (rows) split like "batch".
+    """Host arrays -> device arrays with dimension `axis` (rows) split like "batch", and the one behind like "tokens".
 
     Each process passes its own rows, all processes equally many; the result is the global array. Leaves that have no
     dimension `axis`, and rows that the devices do not divide, are replicated (one process) or refused (several).
@@ -133,7 +143,8 @@ def shard_batch(tree: Tree, mesh: Mesh, *, axis: int = 0, rules: ShardingRules =
     processes = _processes(mesh)
 
     def place(leaf: Any) -> jax.Array:
-        names = (None,) * axis + ("batch",) + (None,) * (leaf.ndim - axis - 1) if leaf.ndim > axis else ()
+        split = ("batch", "tokens")[: max(leaf.ndim - axis, 0)]
+        names = (None,) * axis + split + (None,) * (leaf.ndim - axis - len(split)) if split else ()
         if processes == 1:
             return jax.device_put(leaf, named_sharding(mesh, *names, rules=rules, shape=leaf.shape if names else None))
         sharding = named_sharding(mesh, *names, rules=rules)

@@ -10,6 +10,7 @@ from hdpo_jax.commands import COMMANDS, RUNS
 from hdpo_jax.config import RLConfig
 from hdpo_jax.data.prompts import PromptDataset
 from hdpo_jax.evaluate.messages import read_conversations
+from tests.models.videos import clip, write_video
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -30,10 +31,24 @@ def test_python_of_the_own_data_section_runs(tmp_path: Path, monkeypatch: pytest
 def test_json_lines_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (64, 48)).save("a.jpg")
-    (line,) = re.findall(r'^    (\{"messages".*)$', README, re.MULTILINE)
-    Path("in.jsonl").write_text(line)
-    (given,) = read_conversations("in.jsonl")
-    assert len(given.images) == 1
+    lines = re.findall(r'^    (\{"messages".*)$', README, re.MULTILINE)
+    Path("in.jsonl").write_text("\n".join(lines))
+    image, video = read_conversations("in.jsonl")
+    assert (len(image.images), len(image.videos)) == (1, 0)
+    assert (len(video.images), len(video.videos)) == (0, 1)
+
+
+def test_a_column_of_videos_is_added_as_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (640, 960)).save("receipt.jpg")
+    write_video(tmp_path / "a.mp4", clip(20))
+    write_prompts, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    shown = write_prompts.replace("<image>", "<image><video>").replace(
+        "rows, RL_SCHEMA", "rows, RL_SCHEMA.append(VIDEOS)"
+    )
+    shown = shown.replace("import RL_SCHEMA", "import RL_SCHEMA, VIDEOS")
+    exec(shown.replace('"images":', '"videos": [{"path": "a.mp4"}], "images":'), {})
+    assert len(PromptDataset("prompts.parquet")[0].videos) == 1
 
 
 def test_commands_exist():

@@ -50,4 +50,5 @@ def accumulate(
 
     _, tally = jax.eval_shape(lambda: loss_fn(params, take(micro_batches, 0)))
     nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), (tally, params))
-    return jax.lax.fori_loop(start, stop, add, (nothing[0], scattered(nothing[1])))
+    with jax.named_scope("micro_batches"):
+        return jax.lax.fori_loop(start, stop, add, (nothing[0], scattered(nothing[1])))

@@ -121,7 +121,8 @@ def make_update(
             return jax.lax.dynamic_update_index_in_dim(buffer, logp, index, axis=0)
 
         def write_mini(mini: Int[Array, ""], buffer: Array) -> Array:
-            return jax.lax.fori_loop(starts[mini], stops[mini], write, buffer)
+            with jax.named_scope("micro_batches"):
+                return jax.lax.fori_loop(starts[mini], stops[mini], write, buffer)
 
         return jax.lax.fori_loop(1, len(starts), write_mini, jnp.zeros(rows.token_ids.shape, jnp.float32))
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hdpo_jax.data.dataset import Dataset, RowError, open_rows, row_images
+from hdpo_jax.data.dataset import Dataset, RowError, open_rows, row_images, row_videos
 from hdpo_jax.data.prompts import resolve_marks
 from hdpo_jax.data.schemas import COLD_START_COLUMNS
+from models.qwen3_vl.video import Video
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +21,8 @@ class Conversation:
     """Roles and contents as a chat template takes them; image parts are `{"type": "image"}`, in order."""
     images: Sequence[bytes]
     """Image files, in the order of the image parts."""
+    videos: Sequence[Video]
+    """In the order of the video parts."""
     learned: Sequence[bool]
     """Which messages are learned: the assistant's."""
 
@@ -42,7 +45,7 @@ class ConversationDataset(Dataset[Conversation]):
         progress: Callable[[int, int], None] | None = None,
         problem: Callable[[Conversation], str | None] | None = None,
     ):
-        rows = open_rows(path, ("messages", "images"), COLD_START_COLUMNS, "cold-start conversations")
+        rows = open_rows(path, ("messages", "images", "videos"), COLD_START_COLUMNS, "cold-start conversations")
         super().__init__(rows, parse_conversation, max_bad_rows=max_bad_rows, progress=progress, problem=problem)
 
 
@@ -54,8 +57,8 @@ def parse_conversation(row: Mapping[str, Any], id: str) -> Conversation:
             messages = json.loads(messages)
         except ValueError as error:
             raise RowError(f"messages is not JSON: {error}") from error
-    images = row_images(row)
-    resolved = resolve_marks(messages, images)
+    images, videos = row_images(row), row_videos(row)
+    resolved = resolve_marks(messages, images, videos)
     roles = [message["role"] for message in resolved]
     if "assistant" not in roles:
         raise RowError("no message is the assistant's: there is nothing to learn")
@@ -64,4 +67,5 @@ def parse_conversation(row: Mapping[str, Any], id: str) -> Conversation:
     for number, message in enumerate(resolved, start=1):
         if message["role"] == "assistant" and not message["content"].strip():
             raise RowError(f"message {number}, the assistant's, is empty")
-    return Conversation(id=id, messages=resolved, images=images, learned=tuple(role == "assistant" for role in roles))
+    learned = tuple(role == "assistant" for role in roles)
+    return Conversation(id=id, messages=resolved, images=images, videos=videos, learned=learned)

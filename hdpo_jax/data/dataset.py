@@ -11,6 +11,8 @@ from hdpo_jax.data.array_record import ArrayRecordRows, find_prepared
 from hdpo_jax.data.images import ImageError, check_file, check_pixels, file_in_cell
 from hdpo_jax.data.parquet import ParquetRows
 from hdpo_jax.data.rows import DataError, Rows
+from hdpo_jax.data.videos import VideoError, video_in_cell
+from models.qwen3_vl.video import Video
 
 LISTED = 3
 """Bad rows that an error names."""
@@ -177,6 +179,17 @@ def row_images(row: Mapping[str, Any]) -> tuple[bytes, ...]:
         except ImageError as error:
             raise RowError(f"image {number} {error}") from error
     return tuple(images)
+
+
+def row_videos(row: Mapping[str, Any]) -> tuple[Video, ...]:
+    """The videos of a row; none where it has no such column. Raises RowError."""
+    videos = []
+    for number, value in enumerate(row.get("videos") or (), start=1):
+        try:
+            videos.append(video_in_cell(value))
+        except VideoError as error:
+            raise RowError(f"video {number} {error}") from error
+    return tuple(videos)
 
 
 def _check_images(example: Example, check: Callable[[bytes], None]) -> None:

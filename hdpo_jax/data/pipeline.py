@@ -180,6 +180,19 @@ def batches(
     return Batches(dataset, indices, places, workers, key)
 
 
+def joined(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One state for every host, however many there are now: the place that all saved, the bad rows that any knew.
+
+    Raises DataError where they were saved at different places.
+    """
+    first, *others = states
+    for state in others:
+        if any(state.get(name) != value for name, value in first.items() if name != "bad"):
+            raise DataError(f"hosts saved different places in the data: {first} and {state}; expected one place")
+    bad = {tuple(row): None for state in states for row in state.get("bad", ())}
+    return {**first, "bad": [list(row) for row in bad]}
+
+
 def share(size: int, index: int, count: int, *, parts: int = 1) -> Int[np.ndarray, " share"]:
     """Which places of a batch are those of host `index` of `count`: its slice of each of the batch's parts."""
     return np.arange(size).reshape(parts, count, -1)[:, index].ravel()

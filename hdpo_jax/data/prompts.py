@@ -1,16 +1,20 @@
 """RL prompts out of rows in the Metis-RL layout."""
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hdpo_jax.data.dataset import Dataset, RowError, open_rows, row_images
-from hdpo_jax.data.schemas import IMAGE_MARK, RL_COLUMNS
+from hdpo_jax.data.dataset import Dataset, RowError, open_rows, row_images, row_videos
+from hdpo_jax.data.schemas import IMAGE_MARK, RL_COLUMNS, VIDEO_MARK
 from hdpo_jax.types import Prompt
+from models.qwen3_vl.video import Video
 
+PARTS = {IMAGE_MARK: "image", VIDEO_MARK: "video"}
+_MARKS = re.compile(f"({'|'.join(PARTS)})")
 ROLES = ("system", "user", "assistant")
-_COLUMNS = ("data_source", "prompt", "images", "reward_model", "extra_info", "ability", "use_tool")
+_COLUMNS = ("data_source", "prompt", "images", "videos", "reward_model", "extra_info", "ability", "use_tool")
 
 
 class PromptDataset(Dataset[Prompt]):
@@ -37,8 +41,8 @@ class PromptDataset(Dataset[Prompt]):
 
 def parse_prompt(row: Mapping[str, Any], id: str) -> Prompt:
     """The prompt in a row. Raises RowError that says why there is none."""
-    images = row_images(row)
-    messages = resolve_marks(row["prompt"], images)
+    images, videos = row_images(row), row_videos(row)
+    messages = resolve_marks(row["prompt"], images, videos)
     if messages[-1]["role"] == "assistant":
         raise RowError("the last message is the assistant's: nothing is asked")
     extra = _extra_info(row.get("extra_info"))
@@ -47,21 +51,23 @@ def parse_prompt(row: Mapping[str, Any], id: str) -> Prompt:
         id=id,
         messages=messages,
         images=images,
+        videos=videos,
         ground_truth=_ground_truth(row["reward_model"]),
         data_source=row.get("data_source") or "unknown",
         extra=extra,
     )
 
 
-def resolve_marks(messages: Any, images: Sequence[bytes]) -> list[dict[str, Any]]:
-    """Messages as a chat template takes them: a content with `<image>` marks becomes text and image parts, in order.
+def resolve_marks(messages: Any, images: Sequence[bytes], videos: Sequence[Video] = ()) -> list[dict[str, Any]]:
+    """Messages as a chat template takes them: a content with `<image>` or `<video>` marks becomes parts, in order.
 
     Marks count in system and user messages; what an assistant wrote is text. Raises RowError for anything but
-    a list of {"role", "content"} with something from the user, and where marks and images are not as many.
+    a list of {"role", "content"} with something from the user, and where marks do not match images and videos.
     """
     if not isinstance(messages, list) or not messages:
         raise RowError("there are no messages")
-    resolved, marks, asked = [], 0, False
+    resolved, asked = [], False
+    marks = dict.fromkeys(PARTS, 0)
     for number, message in enumerate(messages, start=1):
         role, content = (message.get("role"), message.get("content")) if isinstance(message, Mapping) else (None, None)
         if role not in ROLES:
@@ -69,23 +75,20 @@ def resolve_marks(messages: Any, images: Sequence[bytes]) -> list[dict[str, Any]
         if not isinstance(content, str):
             raise RowError(f"message {number} has content of type {type(content).__name__}; expected text")
         asked |= role == "user" and bool(content.strip())
-        if role == "assistant" or IMAGE_MARK not in content:
-            resolved.append({"role": role, "content": content})
-        else:
-            marks += content.count(IMAGE_MARK)
-            resolved.append({"role": role, "content": _parts(content)})
+        pieces = [content] if role == "assistant" else _MARKS.split(content)
+        for mark in pieces[1::2]:
+            marks[mark] += 1
+        resolved.append({"role": role, "content": _parts(pieces) if len(pieces) > 1 else content})
     if not asked:
         raise RowError("no user message says anything")
-    if marks != len(images):
-        raise RowError(f"there are {marks} {IMAGE_MARK} marks and {len(images)} images; expected as many")
+    for mark, given in ((IMAGE_MARK, images), (VIDEO_MARK, videos)):
+        if marks[mark] != len(given):
+            raise RowError(f"there are {marks[mark]} {mark} marks and {len(given)} {PARTS[mark]}s; expected as many")
     return resolved
 
 
-def _parts(content: str) -> list[dict[str, str]]:
-    first, *others = content.split(IMAGE_MARK)
-    parts = [{"type": "text", "text": first}]
-    for text in others:
-        parts += [{"type": "image"}, {"type": "text", "text": text}]
+def _parts(pieces: Sequence[str]) -> list[dict[str, str]]:
+    parts = [{"type": PARTS[piece]} if piece in PARTS else {"type": "text", "text": piece} for piece in pieces]
     return [part for part in parts if part.get("text") != ""]
 
 

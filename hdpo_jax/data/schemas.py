@@ -7,9 +7,26 @@ import pyarrow as pa
 IMAGE_MARK = "<image>"
 """Stands in a message's text where an image goes; the k-th mark of a row is the row's k-th image."""
 
+VIDEO_MARK = "<video>"
+"""The same for the row's videos."""
+
 MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
 IMAGE = pa.struct([("bytes", pa.binary())])
 """An image file as it is (PNG, JPEG…), not pixels. Readers ignore further fields, such as `path`."""
+
+VIDEO = pa.struct(
+    [
+        ("bytes", pa.binary()),
+        ("path", pa.string()),
+        ("frames", pa.list_(pa.binary())),
+        ("fps", pa.float64()),
+    ]
+)
+"""A video file as it is, or the path of one, or image files that are its frames; and how many frames a second to
+sample (of `frames`, how many a second there are)."""
+
+VIDEOS = pa.field("videos", pa.list_(VIDEO))
+"""A column for either layout: `RL_SCHEMA.append(VIDEOS)`."""
 
 
 def rl_schema(*, several_answers: bool = False, extra: Mapping[str, pa.DataType] | None = None) -> pa.Schema:
@@ -38,7 +55,7 @@ COLD_START_SCHEMA = pa.schema([("messages", pa.string()), ("images", pa.list_(pa
 """`messages` is JSON: a list of {"role", "content"}; `images` are base64 strings of image files."""
 
 RL_COLUMNS = ("prompt", "reward_model")
-"""Columns without which a row is no RL prompt; `images`, `data_source` and `extra_info` may be missing."""
+"""Columns without which a row is no RL prompt; `images`, `videos`, `data_source`, `extra_info` may be missing."""
 
 COLD_START_COLUMNS = ("messages",)
-"""Columns without which a row is no conversation; `images` may be missing."""
+"""Columns without which a row is no conversation; `images` and `videos` may be missing."""

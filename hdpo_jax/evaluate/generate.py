@@ -55,6 +55,7 @@ def generate_file(
                 id=str(conversation.line),
                 messages=conversation.messages,
                 images=conversation.images,
+                videos=conversation.videos,
                 ground_truth="",
                 data_source=str(messages),
             )

@@ -7,8 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from models.policy import PolicyProcessor
-from models.qwen3_vl.pixels import load_image, read_image_file
+from models.qwen3_vl.pixels import load_image
 from models.qwen3_vl.processing import EncodedPrompt
+from models.qwen3_vl.sources import read_file
+from models.qwen3_vl.video import Video
+
+PART_TYPES = ("text", "image", "video")
 
 
 class MessagesError(ValueError):
@@ -17,17 +21,18 @@ class MessagesError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class GivenMessages:
-    """One line: chat messages, and the image files of their image parts in order."""
+    """One line: chat messages, and the image files and videos of their parts in order."""
 
     line: int
     place: str
     """File and line, as errors name them."""
     messages: Sequence[Mapping[str, Any]]
     images: Sequence[bytes]
+    videos: Sequence[Video]
 
 
 def read_conversations(path: Path | str) -> list[GivenMessages]:
-    """All conversations of a file; empty lines are passed over. Image paths are relative to where the command runs."""
+    """All conversations of a file; empty lines are passed over. Paths are relative to where the command runs."""
     path = Path(path)
     if not path.is_file():
         raise MessagesError(f"there is no file {path}; expected JSON lines of {{'messages': […]}}")
@@ -38,10 +43,12 @@ def read_conversations(path: Path | str) -> list[GivenMessages]:
         place = f"{path}:{number}"
         try:
             messages = _checked(_record(line))
-            images = _images(messages)
+            images = [read_file(part["image"], "image") for part in _parts(messages, "image")]
+            videos = [Video.from_part(part) for part in _parts(messages, "video")]
         except ValueError as error:
             raise MessagesError(f"{place}: {error}") from error
-        conversations.append(GivenMessages(line=number, place=place, messages=messages, images=images))
+        given = GivenMessages(line=number, place=place, messages=messages, images=images, videos=videos)
+        conversations.append(given)
     if not conversations:
         raise MessagesError(f"{path} holds no conversation; expected JSON lines of {{'messages': […]}}")
     return conversations
@@ -53,7 +60,9 @@ def encode_given(
     """One conversation as the model gets it. Raises MessagesError that names its place."""
     try:
         images = [load_image(image) for image in given.images]
-        return processor.encode_messages(given.messages, images, add_generation_prompt=add_generation_prompt)
+        return processor.encode_messages(
+            given.messages, images, given.videos, add_generation_prompt=add_generation_prompt
+        )
     except ValueError as error:
         raise MessagesError(f"{given.place}: {error}") from error
 
@@ -81,17 +90,17 @@ def _checked(record: Any) -> list[dict[str, Any]]:
         if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
             raise ValueError(f"content {str(content)[:60]!r}; expected a string or a list of parts")
         for part in content:
-            known = isinstance(part.get("text" if part.get("type") == "text" else "image"), str)
-            if part.get("type") not in ("text", "image") or not known:
-                raise ValueError(
-                    f"part {str(part)[:60]!r}; expected {{'type': 'text', 'text'}} or {{'type': 'image', 'image'}}"
-                )
+            kind = part.get("type")
+            # What a video may be, its own reader knows.
+            if kind not in PART_TYPES or (kind != "video" and not isinstance(part.get(kind), str)):
+                expected = " or ".join(f"{{'type': '{name}', '{name}'}}" for name in PART_TYPES)
+                raise ValueError(f"part {str(part)[:60]!r}; expected {expected}")
     return messages
 
 
-def _images(messages: Sequence[Mapping[str, Any]]) -> list[bytes]:
+def _parts(messages: Sequence[Mapping[str, Any]], kind: str) -> list[Mapping[str, Any]]:
     contents = [message["content"] for message in messages if not isinstance(message["content"], str)]
-    return [read_image_file(part["image"]) for content in contents for part in content if part["type"] == "image"]
+    return [part for content in contents for part in content if part["type"] == kind]
 
 
 def power_of_two(size: int, least: int = 64) -> int:

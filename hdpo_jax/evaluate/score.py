@@ -21,7 +21,7 @@ from models.families import read_processor
 from models.logprobs import token_logprobs
 from models.policy import PolicyConfig
 from models.qwen3_vl import PackedImages
-from models.qwen3_vl.images import feature_indices, mrope_positions, pack_images
+from models.qwen3_vl.images import feature_indices, mrope_positions, pack_images, placeholder_ids
 from models.qwen3_vl.processing import EncodedPrompt
 from sharding import MeshAxes, shard_batch
 
@@ -109,7 +109,7 @@ def pack_rows(
         packed.targets[row, : length - 1] = prompt.token_ids[1:]
         packed.positions[row, :length], _ = mrope_positions(prompt.token_ids, grids, config)
         packed.segment_ids[row, :length] = 1
-        features[row, :length] = feature_indices(prompt.token_ids, config.image_token_id)
+        features[row, :length] = feature_indices(prompt.token_ids, *placeholder_ids(config))
     if not patches:
         return packed
     images = [prompt.images for prompt in prompts] + [()] * (rows - len(prompts))

@@ -131,7 +131,9 @@ def make_programs(
     """
     graphdef, _ = nnx.split(model)
     model_config, dtype = model.config, model.dtype
-    decoder, lay_out = decoding_layout(model, platform=platform, rows=-(-config.slots // lanes))
+    decoder, lay_out = decoding_layout(
+        model, platform=platform, rows=-(-config.slots // lanes), gathered=config.parameters == "gathered"
+    )
 
     def empty_cache() -> KVCache:
         return KVCache.zeros(
@@ -209,7 +211,8 @@ def make_programs(
 
         nothing = jnp.zeros((3, slots, config.chunk), jnp.int32)
         first = (jnp.int32(0), cache, running, jnp.zeros(slots, bool), nothing)
-        steps, cache, then, forced, sampled = jax.lax.while_loop(goes_on, one_token, first)
+        with jax.named_scope("steps"):
+            steps, cache, then, forced, sampled = jax.lax.while_loop(goes_on, one_token, first)
         ended = (running.active & ~then.active).astype(jnp.int32) + forced
         flags = jnp.stack([then.length - running.length, ended, jnp.full(slots, steps)], axis=1)
         return cache, constrain(jnp.concatenate([flags, *sampled], axis=1), "slots", None)

@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
 from hdpo_jax.types import PackedRows, Trajectory
 from models.policy import PolicyConfig
 from models.qwen3_vl import EncodedImage
-from models.qwen3_vl.images import merge_side, mrope_positions, pack_images
+from models.qwen3_vl.images import merge_side, mrope_positions, pack_images, placeholder_ids
 
 
 class PackingError(ValueError):
@@ -172,6 +173,8 @@ def fill_rows(
     count: int,
     shape: RowShape,
     config: PolicyConfig,
+    *,
+    patch_dtype: DTypeLike = np.float32,
 ) -> PackedRows:
     """The assigned rows as arrays of `count` rows; rows past the assigned ones are padding."""
     size = (count, shape.tokens)
@@ -201,13 +204,14 @@ def fill_rows(
                 segment_ids[r, at] = number
                 prefix_ids[r, at] = prefix_number or number
                 if segment.images:
-                    places = np.flatnonzero(segment.token_ids == config.image_token_id) + cursor
+                    places = np.flatnonzero(np.isin(segment.token_ids, placeholder_ids(config))) + cursor
                     feature_index[r, places] = features + np.arange(len(places))
                     features += segment.patches // merge
                     images[r].extend(segment.images)
                 cursor += segment.tokens
 
-    packed = pack_images(config, images, feature_index, shape.patches) if shape.patches and config.vision else None
+    with_images = shape.patches and config.vision
+    packed = pack_images(config, images, feature_index, shape.patches, dtype=patch_dtype) if with_images else None
     # Programs take NumPy arrays as they take JAX's, which is what the record declares.
     policy: list[Any] = [targets, loss_mask, rollout, logprobs, sampled_logprobs]
     arrays: list[Any] = [token_ids, positions, segment_ids, prefix_ids, *policy, packed]

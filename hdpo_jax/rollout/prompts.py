@@ -36,7 +36,8 @@ class Question:
     @property
     def nbytes(self) -> int:
         images = sum(image.patches.nbytes for image in self.images)
-        return images + sum(map(len, self.prompt.images)) + 16 * len(self.token_ids)
+        files = sum(map(len, self.prompt.images)) + sum(video.nbytes for video in self.prompt.videos)
+        return images + files + 16 * len(self.token_ids)
 
 
 class PromptEncoder:
@@ -61,7 +62,7 @@ class PromptEncoder:
 
     def _encode(self, prompt: Prompt) -> Question:
         images = [load_image(image) for image in prompt.images]
-        encoded = self._processor.encode_messages(prompt.messages, images)
+        encoded = self._processor.encode_messages(prompt.messages, images, prompt.videos)
         grids = [image.grid for image in encoded.images]
         positions, _ = mrope_positions(encoded.token_ids, grids, self._processor.config)
         self._require_room(prompt, len(encoded.token_ids), [len(image.patches) for image in encoded.images])

@@ -10,7 +10,7 @@ from jaxtyping import Int
 from hdpo_jax.rollout.prompts import Question
 from models.policy import PolicyConfig
 from models.qwen3_vl import EncodedImage
-from models.qwen3_vl.images import feature_indices, mrope_positions
+from models.qwen3_vl.images import feature_indices, mrope_positions, placeholder_ids
 
 Shape = tuple[int, int, int]
 """Static size of an extension: rows, tokens a row, image patches a row."""
@@ -119,7 +119,7 @@ class Strand:
         at = slice(piece.begin, piece.end)
         spans = self._image_spans(config)
         shown = [number for number, (first, last, _) in enumerate(spans) if first < piece.end and last > piece.begin]
-        features = feature_indices(np.asarray(self.token_ids), config.image_token_id)[at]
+        features = feature_indices(np.asarray(self.token_ids), *placeholder_ids(config))[at]
         earlier = sum(image.tokens(config) for image in self.images[: shown[0]]) if shown else 0
         return PieceInputs(
             token_ids=np.asarray(self.token_ids[at], np.int32),
@@ -136,7 +136,7 @@ class Strand:
     def _image_spans(self, config: PolicyConfig) -> list[tuple[int, int, int]]:
         """First and last placeholder (exclusive) of each image, and its patches."""
         if self._spans is None:
-            places = np.flatnonzero(np.asarray(self.token_ids) == config.image_token_id) if self.images else []
+            places = np.flatnonzero(np.isin(self.token_ids, placeholder_ids(config))) if self.images else []
             ends = np.cumsum([image.tokens(config) for image in self.images], dtype=int)
             begins = ends - [image.tokens(config) for image in self.images]
             self._spans = [

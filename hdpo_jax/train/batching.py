@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Int
 
 from hdpo_jax.config import ConfigError, TrainConfig
@@ -25,7 +26,9 @@ class RowBatcher:
     one compilation. A process packs what is its own, into its part of each micro-batch's rows.
     """
 
-    def __init__(self, train: TrainConfig, model: PolicyConfig, *, fixed: bool = False):
+    def __init__(
+        self, train: TrainConfig, model: PolicyConfig, *, fixed: bool = False, patch_dtype: DTypeLike = np.float32
+    ):
         """`fixed`: called from inside a program, where nothing grows and no process can ask another."""
         processes = jax.process_count()
         if train.micro_batch_rows % processes:
@@ -37,6 +40,7 @@ class RowBatcher:
         self._all_rows = train.micro_batch_rows
         self._micro = -(-train.max_rows // train.micro_batch_rows)
         self._fixed = fixed
+        self._patch_dtype = patch_dtype
         self.model = model
 
     def __call__(self, mini_batches: Sequence[Sequence[Family]]) -> tuple[PackedRows, Int[np.ndarray, " mini"]]:
@@ -47,7 +51,8 @@ class RowBatcher:
         if not self._fixed:
             needed = agree(needed).max(axis=0)
         self._make_room(int(needed.max()))
-        packed = [fill_rows(rows, self._micro * self._rows, self._shape, self.model) for rows in assigned]
+        count = self._micro * self._rows
+        packed = [fill_rows(rows, count, self._shape, self.model, patch_dtype=self._patch_dtype) for rows in assigned]
 
         def stack(*leaves: np.ndarray) -> np.ndarray:
             return np.stack(leaves).reshape(len(leaves), self._micro, self._rows, *leaves[0].shape[1:])

@@ -3,7 +3,7 @@
 import fnmatch
 import json
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import Any
 
@@ -55,11 +55,11 @@ class Checkpointer:
         )
         return self._manager.save(step, args=items, force=True)
 
-    def restore_latest(self, abstract_state: TrainState) -> tuple[int, TrainState, Json] | None:
-        """The newest checkpoint's (step, state, this process's data state); None where there is none.
+    def restore_latest(self, abstract_state: TrainState) -> tuple[int, TrainState, Sequence[Json]] | None:
+        """The newest checkpoint's (step, state, the data states of all that saved it); None where there is none.
 
-        `abstract_state` gives shapes, dtypes and shardings; the mesh may be another one than at the time of saving.
-        Raises SavedRunError where the checkpoint holds another model, optimizer or number of processes.
+        `abstract_state` gives shapes, dtypes and shardings; the mesh, and the number of processes, may be others than
+        at the time of saving. Raises SavedRunError where the checkpoint holds another model or optimizer.
         """
         step = self._manager.latest_step()
         if step is None:
@@ -74,15 +74,9 @@ class Checkpointer:
             data=ocp.args.JsonRestore(),
         )
         items = self._manager.restore(step, args=wanted)
-        states = items["data"]["processes"]
-        if len(states) != jax.process_count():
-            raise SavedRunError(
-                f"{folder} holds the data position of {len(states)} processes; expected {jax.process_count()}: "
-                "resume on as many hosts, or no prompt order would be kept"
-            )
         params = _unnamed(items["params"], abstract_state.params)
         opt_state, state_step = _unnamed(items["optimizer"], optimizer)
-        return step, TrainState(params, opt_state, state_step), states[jax.process_index()]
+        return step, TrainState(params, opt_state, state_step), items["data"]["processes"]
 
     def keep_base(self, hf_directory: epath.PathLike) -> epath.Path:
         """Copies config, tokenizer and processor files (all but weights) beside the checkpoints, once a run."""

@@ -91,7 +91,7 @@ def _thumbnail_of_file(image: bytes) -> str:
 
 
 def _spoken(messages: Sequence[Mapping[str, Any]], role: str) -> str:
-    """What `role` says in the prompt; an image part shows as <image>."""
+    """What `role` says in the prompt; an image part shows as <image>, a video part as <video>."""
     texts = []
     for message in messages:
         content = message["content"]
@@ -100,7 +100,7 @@ def _spoken(messages: Sequence[Mapping[str, Any]], role: str) -> str:
         if isinstance(content, str):
             texts.append(content)
         else:
-            texts.append("".join("<image>" if part["type"] == "image" else part["text"] for part in content))
+            texts.append("".join(part["text"] if part["type"] == "text" else f"<{part['type']}>" for part in content))
     return "\n\n".join(texts)
 
 

@@ -18,7 +18,7 @@ import optax
 from hdpo_jax.algorithm.state import TrainState, abstract_state, init_state
 from hdpo_jax.config import RLConfig, SFTConfig
 from hdpo_jax.data.dataset import Dataset, Example
-from hdpo_jax.data.pipeline import Batches, batches
+from hdpo_jax.data.pipeline import Batches, batches, joined
 from hdpo_jax.errors import Stopped
 from hdpo_jax.files import write_text_atomically
 from hdpo_jax.train.checkpoint import Checkpointer, StopSignal
@@ -108,8 +108,8 @@ def train(
         checkpoints.keep_base(config.model.path)
         restored = checkpoints.restore_latest(abstract_state(policy.params, optimizer))
         if restored:
-            done, state, data_state = restored
-            data.set_state(data_state)
+            done, state, data_states = restored
+            data.set_state(joined(data_states))
             # A fresh run donates these to its first step; here they would stay beside the restored ones.
             jax.tree.map(lambda array: array.delete(), policy.params)
         else:

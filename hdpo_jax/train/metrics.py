@@ -59,6 +59,8 @@ class MetricsLog:
         line = {"step": step} | {name: finite.get(name) for name in scalars}
         self._lines.write(f"{json.dumps(line)}\n")
         self._lines.flush()
+        # In a mounted bucket a line is there for others, and outlives a kill, only once it is synced.
+        os.fsync(self._lines.fileno())
         for name, value in finite.items():
             self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:

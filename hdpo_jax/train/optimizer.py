@@ -66,8 +66,9 @@ def _matrix_axes(axes: tuple[str | None, ...], dimensions: int) -> MuonDimension
 
     A kernel's names begin or end with the residual stream: ("embed", "heads", "head_dim"), stacked over layers, maps
     axis 1 to axes 2 and 3. Unnamed axes (the 3 of a joint query, key and value) number matrices, as the layer axis
-    does. Mergers and the patch embedding are matrices without layers.
+    does and, where it comes first, that of experts. Mergers and the patch embedding are matrices without layers.
     """
+    axes = axes[1:] if axes[:1] == ("experts",) else axes
     stacked = dimensions - len(axes)
     if len(axes) < 2 or "vocab" in axes:
         return None

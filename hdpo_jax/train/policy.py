@@ -53,6 +53,13 @@ class Policy:
         )
 
 
+def require_one_process() -> None:
+    """Raises ConfigError in a job of several."""
+    multihost.start()
+    if jax.process_count() > 1:
+        raise ConfigError(f"this job has {jax.process_count()} processes; expected one, with all the devices it drives")
+
+
 def load_policy(
     config: ModelConfig, axes: MeshAxes, devices: Sequence[Any] | None = None, *, together: bool = False
 ) -> Policy:
@@ -60,9 +67,10 @@ def load_policy(
 
     `together`: what is done with it is shared among the processes of a job; else more than one is refused.
     """
-    multihost.start()
-    if jax.process_count() > 1 and not together:
-        raise ConfigError(f"this job has {jax.process_count()} processes; expected one, with all the devices it drives")
+    if together:
+        multihost.start()
+    else:
+        require_one_process()
     mesh = make_mesh(axes, devices)
     processor = read_processor(config.path)
     model = load_hf(

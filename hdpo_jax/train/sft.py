@@ -19,6 +19,7 @@ from hdpo_jax.train.optimizer import make_optimizer
 from hdpo_jax.train.policy import load_policy
 from models.policy import PolicyProcessor
 from models.qwen3_vl.processing import load_image
+from sharding.multihost import agree, together
 from sharding.rules import shard_batch
 
 FIGURES = {"loss/total": "loss", "optimizer/grad_norm": "grad norm"}
@@ -46,7 +47,7 @@ class ConversationEncoder:
 
     def _encode(self, conversation: Conversation) -> EncodedConversation:
         images = [load_image(image) for image in conversation.images]
-        return encode_conversation(conversation.messages, images, self._processor)
+        return encode_conversation(conversation.messages, images, conversation.videos, self._processor)
 
     def problem(self, conversation: Conversation) -> str | None:
         """Why the conversation can not be learned, in words; None where it can."""
@@ -59,10 +60,10 @@ class ConversationEncoder:
 
 def train_sft(config: SFTConfig, *, title: str = "sft") -> RunResult:
     """Runs, or goes on with, the supervised run that `config` describes."""
-    policy = load_policy(config.model, config.mesh)
+    policy = load_policy(config.model, config.mesh, together=True)
     row = RowShape(config.train.row_tokens, config.train.row_patches)
     encode = ConversationEncoder(policy.processor, row, config.data.cache_mb)
-    pack = RowBatcher(config.train, policy.model.config)
+    pack = RowBatcher(config.train, policy.model.config, patch_dtype=policy.model.dtype)
     optimizer = make_optimizer(config.optimizer, config.train.steps, policy.params)
     shardings = state_shardings(abstract_state(policy.params, optimizer))
     learn = make_sft_step(policy.graphdef, optimizer, shardings=shardings)
@@ -72,8 +73,10 @@ def train_sft(config: SFTConfig, *, title: str = "sft") -> RunResult:
     def step(
         state: TrainState, conversations: Sequence[Conversation], number: int
     ) -> tuple[TrainState, Mapping[str, Any]]:
-        rows, micro_batches = pack([[encode(conversation) for conversation in conversations]])
-        padding = padding_share(rows, micro_batches)
+        with together():
+            families = [encode(conversation) for conversation in conversations]
+        rows, micro_batches = pack([families])
+        padding = float(agree(np.asarray(padding_share(rows, micro_batches))).mean())
         used: Any = np.int32(micro_batches[0])
         rows = shard_batch(jax.tree.map(lambda leaf: leaf[0], rows), policy.mesh, axis=1)
         batch = SupervisedBatch(rows, used)

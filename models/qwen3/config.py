@@ -54,7 +54,7 @@ class Qwen3Config:
     def to_hf(self) -> dict[str, Any]:
         """A config.json that transformers loads."""
         text = {field.name: getattr(self.text, field.name) for field in fields(TextConfig)}
-        del text["mrope_section"]
+        del text["mrope_section"], text["moe"]
         text["rope_parameters"] = {"rope_type": "default", "rope_theta": text.pop("rope_theta")}
         architecture = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
         return {**architecture, "tie_word_embeddings": self.tie_word_embeddings, **text}

@@ -7,6 +7,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from models.qwen3.config import Qwen3Config
+from models.qwen3_vl.attention import Kernel
 from models.qwen3_vl.images import PackedImages
 from models.qwen3_vl.layers import Precision, Remat
 from models.qwen3_vl.model import Qwen3VL
@@ -28,11 +29,13 @@ class Qwen3(Qwen3VL):
         dtype: DTypeLike = jnp.bfloat16,
         param_dtype: DTypeLike = jnp.float32,
         remat: Remat = "full",
+        kernel: Kernel = "xla",
     ):
         precision = Precision(compute=jnp.dtype(dtype), params=jnp.dtype(param_dtype))
         self.config = config
         self.dtype = precision.compute
         self.remat: Remat = remat
+        self.kernel: Kernel = kernel
         text = config.text
         table = jax.random.normal(rngs.params(), (text.vocab_size, text.hidden_size), precision.params)
         self.embedding = nnx.Param(text.initializer_range * table, axes=("vocab", "embed"))

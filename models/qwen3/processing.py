@@ -9,12 +9,14 @@ from transformers import PreTrainedTokenizerFast
 
 from models.qwen3.config import Qwen3Config
 from models.qwen3_vl.images import EncodedImage
-from models.qwen3_vl.processing import Message, Processor, read_stop_ids, read_tokenizer
+from models.qwen3_vl.processing import Message, Processor
+from models.qwen3_vl.processor_files import read_stop_ids, read_tokenizer
 from models.qwen3_vl.stored import read_json
+from models.qwen3_vl.video import EncodedVideo, Video
 
 
 class TextProcessor(Processor):
-    """Tokenizer and chat template of a Qwen3 directory; an image is refused."""
+    """Tokenizer and chat template of a Qwen3 directory; images and videos are refused."""
 
     def __init__(self, *, config: Qwen3Config, tokenizer: PreTrainedTokenizerFast, stop_ids: Iterable[int] = ()):
         self._take(config, tokenizer, stop_ids)
@@ -34,6 +36,10 @@ class TextProcessor(Processor):
     def encode_image(self, image: Image.Image) -> EncodedImage:
         """Raises ValueError."""
         raise ValueError("an image came for a model that reads text only; expected text, or a Qwen3-VL")
+
+    def encode_video(self, video: Video) -> EncodedVideo:
+        """Raises ValueError."""
+        raise ValueError("a video came for a model that reads text only; expected text, or a Qwen3-VL")
 
     def _placeholders(self) -> tuple[int, ...]:
         return ()

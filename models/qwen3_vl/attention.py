@@ -1,13 +1,18 @@
-"""Attention: one function; who sees whom is told by ids and indices, not by a mask in memory."""
+"""Attention: one function for whole rows, with several kernels, and one for rows whose keys lie in pages."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
 
+from models.qwen3_vl import splash
 from models.qwen3_vl.cache import KVCache, SharedPages, by_lane
+from models.qwen3_vl.layers import ATTENTION
+from models.qwen3_vl.visibility import Visibility
+from sharding import constrain, shards
 
 # Finite, so that a query that sees nothing (padding) gives an average and not NaN, forward and backward.
 HIDDEN = -1e30
@@ -17,29 +22,13 @@ BLOCK_TOKENS = 256
 """Cached tokens that many queries look at at a time; a single query looks at a page."""
 
 
-class Visibility(NamedTuple):
-    """Which keys a query sees; each rule that is given narrows it."""
+Kernel = Literal["xla", "splash"]
+"""What computes the attention of whole rows: XLA's products everywhere, the splash kernel on a TPU."""
 
-    query_ids: Int[Array, "batch queries"] | None = None
-    """A query sees keys of its own segment, and of the segment named in `prefix_ids`. Keys of segment 0: never."""
-    prefix_ids: Int[Array, "batch queries"] | None = None
-    key_ids: Int[Array, "batch keys"] | None = None
-    query_index: Int[Array, "batch queries"] | None = None
-    """Causal: a query sees keys up to and with this index."""
 
-    def mask(self, keys: int) -> Bool[Array, "batch queries keys"]:
-        rules = []
-        if self.query_index is not None:
-            rules.append(jnp.arange(keys) <= self.query_index[:, :, None])
-        if self.query_ids is not None and self.key_ids is not None:
-            key_ids = self.key_ids[:, None, :]
-            same = key_ids == self.query_ids[:, :, None]
-            if self.prefix_ids is not None:
-                same |= key_ids == self.prefix_ids[:, :, None]
-            rules.append(same & (key_ids > 0))
-        if not rules:
-            raise ValueError("Visibility needs query and key ids, or query_index, or both")
-        return rules[0] if len(rules) == 1 else rules[0] & rules[1]
+def kernel_for(platform: str) -> Kernel:
+    """What suits the devices of a platform, by JAX's name of it."""
+    return "splash" if platform == "tpu" else "xla"
 
 
 def attention(
@@ -47,11 +36,33 @@ def attention(
     keys: Float[Array, "batch kv_heads keys size"],
     values: Float[Array, "batch kv_heads keys size"],
     visibility: Visibility,
+    *,
+    kernel: Kernel = "xla",
+    heads_axis: str = "heads",
 ) -> Float[Array, "batch queries heads size"]:
     """softmax(q k / sqrt(size)) v over the visible keys, in fp32; heads share keys in groups (GQA).
 
-    Keys are never repeated for the heads that share them.
+    Where `visibility` is causal, index i of a row stands at place i. `heads_axis` is the logical axis of the heads.
+    Rows that a kernel does not take are computed by XLA, and a log line says so.
     """
+    if kernel == "splash" and splash.takes(queries.shape[1], keys.shape[2]):
+        return splash.splash_attention(queries, keys, values, visibility, heads_axis=heads_axis)
+    attend = dense_attention if visibility.query_index is None else causal_attention
+    if shards("tokens") > 1:
+        # Each device looks from its own tokens at all of the row.
+        queries = constrain(queries, "batch", "tokens", heads_axis, None)
+        keys, values = (constrain(each, "batch", heads_axis, None, None) for each in (keys, values))
+        attend = dense_attention
+    return checkpoint_name(attend(queries, keys, values, visibility), ATTENTION)
+
+
+def dense_attention(
+    queries: Float[Array, "batch queries heads size"],
+    keys: Float[Array, "batch kv_heads keys size"],
+    values: Float[Array, "batch kv_heads keys size"],
+    visibility: Visibility,
+) -> Float[Array, "batch queries heads size"]:
+    """`attention`, all scores at once. Keys are never repeated for the heads that share them."""
     batch, length, heads, size = queries.shape
     kv_heads, tokens = keys.shape[1:3]
     mask = visibility.mask(tokens)[:, None, None]
@@ -78,7 +89,7 @@ def causal_attention(
     values: Float[Array, "batch kv_heads tokens size"],
     visibility: Visibility,
 ) -> Float[Array, "batch tokens heads size"]:
-    """`attention` of whole rows whose index counts up: a block of queries leaves out the keys that come after it.
+    """`attention`, causal: a block of queries leaves out the keys that come after it.
 
     With eight blocks, 9 scores of 16 are computed.
     """
@@ -94,7 +105,7 @@ def causal_attention(
             key_ids=None if key_ids is None else key_ids[:, :stop],
             query_index=None if index is None else index[:, span],
         )
-        return attention(queries[:, span], keys[:, :, :stop], values[:, :, :stop], seen)
+        return dense_attention(queries[:, span], keys[:, :, :stop], values[:, :, :stop], seen)
 
     return jnp.concatenate([attend(start) for start in range(0, tokens, block)], axis=1)
 
@@ -204,7 +215,9 @@ def _look(
 
     sums = jax.tree.map(inside, _Sums.nothing(queries) if begun is None else begun)
     blocks = -(-most_tokens // (block * page))
-    return jax.tree.map(outside, jax.lax.fori_loop(0, blocks, step, sums))
+    with jax.named_scope("pages"):
+        sums = jax.lax.fori_loop(0, blocks, step, sums)
+    return jax.tree.map(outside, sums)
 
 
 def _look_together(
@@ -233,5 +246,6 @@ def _look_together(
         )
 
     nothing = _Sums.nothing(jnp.zeros((*members.shape, *queries.shape[2:])))
-    found = jax.lax.fori_loop(0, last_place // (batch * most) + 1, look, nothing)
+    with jax.named_scope("groups"):
+        found = jax.lax.fori_loop(0, last_place // (batch * most) + 1, look, nothing)
     return jax.tree.map(lambda part: part.reshape(-1, 1, *part.shape[2:])[shared.place], found)

@@ -1,8 +1,9 @@
-"""Sizes of a Qwen3-VL model, read from and written to the `config.json` of Hugging Face checkpoints."""
+"""Sizes of a Qwen3-VL model, dense or MoE, read from and written to the `config.json` of Hugging Face checkpoints."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from itertools import groupby
+from typing import Any, NamedTuple
 
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
 
@@ -10,6 +11,37 @@ ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """The mixture of experts that most layers have in the place of an MLP. Defaults are those of transformers."""
+
+    num_experts: int = 60
+    num_experts_per_tok: int = 4
+    moe_intermediate_size: int = 1408
+    """Hidden units of an expert."""
+    decoder_sparse_step: int = 1
+    """Every so many layers have experts, the last of each so many."""
+    mlp_only_layers: tuple[int, ...] = ()
+    """Layers that have an MLP whatever the step says."""
+
+    def __post_init__(self) -> None:
+        _require(
+            1 <= self.num_experts_per_tok <= self.num_experts,
+            f"num_experts_per_tok {self.num_experts_per_tok} is not between 1 and num_experts {self.num_experts}",
+        )
+        _require(
+            self.decoder_sparse_step >= 1, f"decoder_sparse_step is {self.decoder_sparse_step}; expected 1 or more"
+        )
+
+
+class LayerRun(NamedTuple):
+    """Neighbouring layers of one kind."""
+
+    layers: range
+    moe: MoEConfig | None
+    """None: they have an MLP."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +62,8 @@ class TextConfig:
     attention_bias: bool = False
     rope_theta: float = 500000.0
     mrope_section: tuple[int, int, int] = (24, 20, 20)
+    moe: MoEConfig | None = None
+    """None: a dense model."""
 
     def __post_init__(self) -> None:
         _require(
@@ -40,6 +74,19 @@ class TextConfig:
         _require(self.head_dim % 2 == 0, f"text head_dim is {self.head_dim}; rotary embedding needs an even number")
         _require(len(self.mrope_section) == 3, f"mrope_section {self.mrope_section} must hold 3 numbers")
         _require(self.hidden_act in ACTIVATIONS, f"text hidden_act {self.hidden_act!r} is not one of {ACTIVATIONS}")
+
+    def has_experts(self, layer: int) -> bool:
+        moe = self.moe
+        return moe is not None and layer not in moe.mlp_only_layers and (layer + 1) % moe.decoder_sparse_step == 0
+
+    @property
+    def layer_runs(self) -> tuple[LayerRun, ...]:
+        """All layers in order, those of one kind that follow on each other together."""
+        runs = []
+        for sparse, group in groupby(range(self.num_hidden_layers), self.has_experts):
+            layers = list(group)
+            runs.append(LayerRun(layers=range(layers[0], layers[-1] + 1), moe=self.moe if sparse else None))
+        return tuple(runs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,15 +173,17 @@ class Qwen3VLConfig:
 
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any]) -> "Qwen3VLConfig":
-        """From a parsed config.json, either dialect: `rope_theta` + `rope_scaling`, or `rope_parameters`.
+        """From a parsed config.json, dense or MoE, as the hub has it or as transformers 5 writes it.
 
-        Raises ValueError for another architecture and for a rotary scaling other than the default.
+        Raises ValueError for another architecture and for what would change the numbers and is not implemented.
         """
         found = raw.get("model_type")
-        if found != "qwen3_vl":
-            raise ValueError(f"config.json says model_type {found!r}; only 'qwen3_vl' (dense Qwen3-VL) is supported")
+        if found not in ("qwen3_vl", "qwen3_vl_moe"):
+            raise ValueError(f"config.json says model_type {found!r}; only 'qwen3_vl' and 'qwen3_vl_moe' are supported")
         text = dict(raw.get("text_config") or {})
         vision = dict(raw.get("vision_config") or {})
+        if found == "qwen3_vl_moe":
+            text = _with_moe(text)
         if text.get("num_key_value_heads") is None:
             text["num_key_value_heads"] = text.get("num_attention_heads", TextConfig.num_attention_heads)
         rope = _rope_parameters(text, "default")
@@ -155,6 +204,12 @@ class Qwen3VLConfig:
     def to_hf(self) -> dict[str, Any]:
         """A config.json that transformers loads."""
         text = {field.name: getattr(self.text, field.name) for field in fields(TextConfig)}
+        moe: MoEConfig | None = text.pop("moe")
+        kind, architecture = "qwen3_vl", "Qwen3VLForConditionalGeneration"
+        if moe is not None:
+            kind, architecture = "qwen3_vl_moe", "Qwen3VLMoeForConditionalGeneration"
+            text |= {field.name: getattr(moe, field.name) for field in fields(MoEConfig)}
+            text["mlp_only_layers"] = list(moe.mlp_only_layers)
         text["rope_parameters"] = {
             "rope_type": "default",
             "rope_theta": text.pop("rope_theta"),
@@ -165,16 +220,39 @@ class Qwen3VLConfig:
         vision["rope_parameters"] = {"rope_type": "axial", "rope_theta": vision.pop("rope_theta")}
         vision["deepstack_visual_indexes"] = list(vision["deepstack_visual_indexes"])
         return {
-            "architectures": ["Qwen3VLForConditionalGeneration"],
-            "model_type": "qwen3_vl",
+            "architectures": [architecture],
+            "model_type": kind,
             "image_token_id": self.image_token_id,
             "video_token_id": self.video_token_id,
             "vision_start_token_id": self.vision_start_token_id,
             "vision_end_token_id": self.vision_end_token_id,
             "tie_word_embeddings": self.tie_word_embeddings,
-            "text_config": {"model_type": "qwen3_vl_text", **text},
-            "vision_config": {"model_type": "qwen3_vl_vision", **vision},
+            "text_config": {"model_type": f"{kind}_text", **text},
+            "vision_config": {"model_type": f"{kind}_vision", **vision},
         }
+
+
+# What transformers gives to fields that the config.json of a MoE leaves out, where it differs from the dense model's.
+_MOE_TEXT_DEFAULTS = {
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+}
+
+
+def _with_moe(section: Mapping[str, Any]) -> dict[str, Any]:
+    """The text section of a MoE's config.json with the fields about experts gathered under "moe"."""
+    text = {**_MOE_TEXT_DEFAULTS, **section}
+    if text.get("head_dim") is None:
+        text["head_dim"] = text["hidden_size"] // text["num_attention_heads"]
+    if text.get("norm_topk_prob") is False:
+        raise ValueError("config.json says norm_topk_prob false; Qwen3-VL weighs the chosen experts to a sum of 1")
+    # transformers 5 writes the number of experts under another name than the hub.
+    text.setdefault("num_experts", text.get("num_local_experts", MoEConfig.num_experts))
+    text["mlp_only_layers"] = tuple(text.get("mlp_only_layers") or ())
+    return text | {"moe": MoEConfig(**_known(MoEConfig, text))}
 
 
 def _rope_parameters(section: Mapping[str, Any], plain_type: str) -> dict[str, Any]:
@@ -188,6 +266,6 @@ def _rope_parameters(section: Mapping[str, Any], plain_type: str) -> dict[str, A
     return rope
 
 
-def _known(kind: type[TextConfig] | type[VisionConfig], section: Mapping[str, Any]) -> dict[str, Any]:
+def _known(kind: type[TextConfig] | type[VisionConfig] | type[MoEConfig], section: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of a config section that are fields here; what is left out has no bearing on the numbers."""
     return {field.name: section[field.name] for field in fields(kind) if field.name in section}

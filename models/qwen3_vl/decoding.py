@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable
-from operator import itemgetter
+from dataclasses import replace
+from functools import partial
 
 import jax
 from flax import nnx
@@ -12,7 +13,8 @@ from jaxtyping import Array, Float
 from models.policy import PolicyModel
 from models.qwen3_vl.layers import LayerT, Linear, by_columns
 from models.qwen3_vl.model import Qwen3VL
-from sharding import constrain
+from models.qwen3_vl.runs import layers_apart
+from sharding import RULES, constrain
 
 FEW_ROWS = 32
 """Rows up to which decoding gains from it: a step of a 55M model, fp32, two cores of an AVX2 machine, took 0.58 of the
@@ -20,13 +22,16 @@ time with 8 rows, 0.74 with 16, 0.68 to 0.86 with 32, 0.96 to 1.03 with 64 and 1
 
 
 def decoding_layout(
-    model: PolicyModel, *, platform: str, rows: int
+    model: PolicyModel, *, platform: str, rows: int, gathered: bool = False
 ) -> tuple[nnx.GraphDef, Callable[[nnx.State], nnx.State]]:
     """The structure that decodes `rows` rows a device best, and what makes its parameters of the model's.
 
     `platform` is JAX's name of the devices. Only a CPU with few rows gets another structure than the model's: other
-    compilers take parameters from where they lie, and accelerators have no room for a copy of them.
+    compilers take parameters from where they lie, and accelerators may have no room for a copy of them. `gathered`
+    makes that copy: what is split over fsdp and context is held whole, so that no step gathers it anew.
     """
+    if gathered:
+        return nnx.split(model)[0], jax.jit(partial(_gathered, dtype=model.dtype))
     if platform != "cpu" or rows > FEW_ROWS or not isinstance(model, Qwen3VL):
         return nnx.split(model)[0], lambda params: params
     graphdef, params = nnx.split(model)
@@ -45,6 +50,21 @@ def decoding_layout(
     return nnx.split(nnx.eval_shape(of_params, params))[0], lay_out
 
 
+def _gathered(params: nnx.State, *, dtype: DTypeLike) -> nnx.State:
+    """The matrices that a decode step reads, in the dtype of its arithmetic, split over mesh.tensor only."""
+    whole = replace(RULES, embed=None)
+
+    def gather(path: tuple, param: nnx.Variable) -> nnx.Variable:
+        names = param.get_metadata().get("axes")
+        if path[0] == "vision" or not names:
+            return param
+        values = param[...].astype(dtype)
+        names = ("layers", *names) if values.ndim > len(names) else names
+        return param.replace(constrain(values, *names, rules=whole))
+
+    return nnx.map_state(gather, params)
+
+
 def laid_out(model: Qwen3VL) -> Qwen3VL:
     """The same model with a decoder and an output matrix that a CPU reads faster: a copy of them, in `model.dtype`.
 
@@ -55,7 +75,7 @@ def laid_out(model: Qwen3VL) -> Qwen3VL:
     if isinstance(layers, nnx.List):
         raise ValueError("the model is laid out already; expected one as it is loaded")
     model = nnx.merge(*nnx.split(model))
-    model.decoder.layers = nnx.List([_turned(layer) for layer in _apart(layers)])
+    model.decoder.layers = nnx.List([_turned(layer) for layer in layers_apart(layers)])
     if model.output is not None:
         model.turned_head, model.output = _outputs_first(model.output, 1, model.dtype), None
     elif model.embedding[...].dtype == model.dtype:
@@ -83,15 +103,8 @@ class TurnedLinear(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
-def _apart(layers: LayerT) -> list[LayerT]:
-    """Stacked layers, one by one."""
-    graphdef, params = nnx.split(layers)
-    count = len(jax.tree.leaves(params)[0])
-    return [nnx.merge(graphdef, jax.tree.map(itemgetter(number), params)) for number in range(count)]
-
-
 def _turned(layer: LayerT) -> LayerT:
-    """The layer with every product's kernel outputs first."""
+    """The layer with every product's kernel outputs first; experts stay as they are."""
     for name, child in list(nnx.iter_children(layer)):
         if isinstance(child, Linear):
             setattr(layer, str(name), TurnedLinear(child))

@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,18 +19,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
-from safetensors.numpy import save_file
 
 from models.policy import PolicyConfig
+from models.qwen3_vl.attention import kernel_for
 from models.qwen3_vl.config import Qwen3VLConfig
 from models.qwen3_vl.layers import Remat
 from models.qwen3_vl.model import Qwen3VL
-from models.qwen3_vl.stored import INDEX, CheckpointError, StoredTensor, read_json, stored_tensors
+from models.qwen3_vl.shards import on_host, write_files
+from models.qwen3_vl.stored import CheckpointError, StoredTensor, read_json, stored_tensors
+from models.qwen3_vl.stored_layers import (
+    ExpertLayout,
+    expert_layout,
+    expert_shapes,
+    layout_to_save,
+    read_layer_by_layer,
+    stored_layers,
+)
 from sharding import param_shardings
-from sharding.multihost import barrier, is_lead
+from sharding.multihost import gather, is_lead, together
 
 WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
 StatePath = tuple[str | int, ...]
@@ -49,6 +57,8 @@ class TensorPlace:
     """Shape in the file."""
     transposed: bool
     """The file holds [outputs, inputs], the model [inputs, outputs], each side of one or several dimensions."""
+    of_experts: bool = False
+    """Such a matrix for each expert, on a leading dimension."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +80,8 @@ QWEN3_VL = CheckpointFormat(config=Qwen3VLConfig, model=Qwen3VL, text=CANONICAL_
 # -- names --------------------------------------------------------------------------------------------------------
 
 
-def tensor_places(config: PolicyConfig) -> dict[str, TensorPlace]:
-    """Every tensor of a checkpoint by its name (`_canonical`), and where it belongs."""
+def tensor_places(config: PolicyConfig, experts: ExpertLayout = "transformers") -> dict[str, TensorPlace]:
+    """Every tensor of a checkpoint by its name (`_canonical`), and its place; `experts`: how a MoE's are stored."""
     places: dict[str, TensorPlace] = {}
 
     def add(name: str, path: StatePath, shape: tuple[int, ...], *, layer: int | None = None, transposed: bool = False):
@@ -93,16 +103,28 @@ def tensor_places(config: PolicyConfig) -> dict[str, TensorPlace]:
     if not config.tie_word_embeddings:
         add("lm_head.weight", ("output",), (text.vocab_size, width), transposed=True)
     query, shared = text.num_attention_heads * size, text.num_key_value_heads * size
-    for layer in range(text.num_hidden_layers):
-        name, path = f"model.language_model.layers.{layer}", ("decoder", "layers")
-        bias = text.attention_bias
+    bias = text.attention_bias
+    for name, path, layer, moe in stored_layers(text):
         add_linear(f"{name}.self_attn.q_proj", (*path, "query"), query, width, bias=bias, layer=layer)
         add_linear(f"{name}.self_attn.k_proj", (*path, "key"), shared, width, bias=bias, layer=layer)
         add_linear(f"{name}.self_attn.v_proj", (*path, "value"), shared, width, bias=bias, layer=layer)
         add_linear(f"{name}.self_attn.o_proj", (*path, "out"), width, query, bias=bias, layer=layer)
-        add_linear(f"{name}.mlp.gate_proj", (*path, "gate"), text.intermediate_size, width, bias=False, layer=layer)
-        add_linear(f"{name}.mlp.up_proj", (*path, "up"), text.intermediate_size, width, bias=False, layer=layer)
-        add_linear(f"{name}.mlp.down_proj", (*path, "down"), width, text.intermediate_size, bias=False, layer=layer)
+        if moe is None:
+            hidden = text.intermediate_size
+            add_linear(f"{name}.mlp.gate_proj", (*path, "gate"), hidden, width, bias=False, layer=layer)
+            add_linear(f"{name}.mlp.up_proj", (*path, "up"), hidden, width, bias=False, layer=layer)
+            add_linear(f"{name}.mlp.down_proj", (*path, "down"), width, hidden, bias=False, layer=layer)
+        else:
+            router = (*path, "experts", "router")
+            add(f"{name}.mlp.gate.weight", router, (moe.num_experts, width), layer=layer, transposed=True)
+            for end, shape in expert_shapes(text, moe, experts).items():
+                places[f"{name}.mlp.experts.{end}"] = TensorPlace(
+                    path=(*path, "experts", end.removesuffix("_proj")),
+                    layer=layer,
+                    shape=shape,
+                    transposed=experts == "transformers",
+                    of_experts=True,
+                )
         for theirs, ours, length in (
             ("input_layernorm", "attention_norm", width),
             ("post_attention_layernorm", "mlp_norm", width),
@@ -206,8 +228,8 @@ def load_hf(
     """
     directory = Path(directory)
     config = read_config(directory, form)
-    places = tensor_places(config)
     stored = stored_tensors(directory, _canonical)
+    places = tensor_places(config, expert_layout(config.text, stored) or "transformers")
     if config.tie_word_embeddings:
         # Some files hold the tied matrix twice.
         stored.pop("lm_head.weight", None)
@@ -217,8 +239,10 @@ def load_hf(
         sources.setdefault(place.path, []).append((place, stored[name]))
 
     def build() -> Qwen3VL:
-        return form.model(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=param_dtype, remat=remat)
+        kernel = kernel_for(platform)
+        return form.model(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=param_dtype, remat=remat, kernel=kernel)
 
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     graphdef, abstract = nnx.split(nnx.eval_shape(build))
     if mesh is None:
         here = jnp.zeros(()).sharding  # the default device's
@@ -230,6 +254,11 @@ def load_hf(
         def shard(index: Any) -> np.ndarray:
             return _read_shard(sources[path], shape, index).astype(dtype, copy=False)
 
+        def shard_of_layer(number: int, index: Any) -> np.ndarray:
+            return shard((slice(number, number + 1), *index))[0]
+
+        if sources[path][0][0].of_experts:
+            return read_layer_by_layer(shard_of_layer, shape, dtype, sharding)
         return jax.make_array_from_callback(shape, sharding, shard)
 
     filled = [
@@ -252,10 +281,15 @@ def _read_shard(
 
 def _to_model(tensor: np.ndarray, place: TensorPlace, shape: tuple[int, ...]) -> np.ndarray:
     """A file's tensor as the model holds it: a view."""
+    if place.transposed and place.of_experts:
+        return tensor.swapaxes(1, 2).reshape(shape)
     return tensor.reshape(len(tensor), -1).T.reshape(shape) if place.transposed else tensor.reshape(shape)
 
 
 def _to_file(tensor: np.ndarray, place: TensorPlace) -> np.ndarray:
+    if place.transposed and place.of_experts:
+        experts, outputs, inputs = place.shape
+        return tensor.reshape(experts, inputs, outputs).swapaxes(1, 2)
     if place.transposed:
         tensor = tensor.reshape(-1, place.shape[0]).T
     return tensor.reshape(place.shape)
@@ -277,11 +311,11 @@ def save_hf(
 
     base: the directory the model came from; its tokenizer, processor and other small files are copied.
     dtype: of the tensors written; by default that of the base's tensors, or else that of the parameters.
-    Written beside `directory` first and then renamed: nothing half-written stays. All processes must call it, one
-    writes. Raises CheckpointError where `base` describes another model or `directory` holds something else.
+    Written beside `directory` first and then renamed: nothing half-written stays. All processes of a job call it, on a
+    file system that all of them see; each holds a file's worth of tensors at most, `max_shard_bytes`.
+    Raises CheckpointError where `base` describes another model or `directory` holds something else.
     """
     directory = Path(directory)
-    places = tensor_places(model.config)
     config = model.config.to_hf()
     stored: dict[str, StoredTensor] = {}
     if base is not None:
@@ -291,30 +325,41 @@ def save_hf(
         # A base may be a tokenizer and a config only, where a model was trained from scratch.
         with contextlib.suppress(CheckpointError):
             stored = stored_tensors(Path(base), _canonical)
+    places = tensor_places(model.config, layout_to_save(model.config.text, stored))
     if directory.exists() and not _replaceable(directory):
         raise CheckpointError(f"{directory} is there and is no model directory; choose another place to save to")
     dtypes = {name: np.dtype(dtype) if dtype else _stored_dtype(stored, name, model) for name in places}
     _set_dtype(config, dtypes["model.language_model.embed_tokens.weight"])
     places, dtypes = _as_stored(places, form), _as_stored(dtypes, form)
 
-    tensors = file_tensors(model, places, dtypes)
-    if not is_lead():
-        for _ in tensors:
-            pass
-        barrier("save_hf")
-        return
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    sizes = {name: math.prod(place.shape) * dtypes[name].itemsize for name, place in places.items()}
+    with _written_beside(directory) as partial:
+        with together():
+            if is_lead():
+                if base is not None:
+                    _copy_companions(Path(base), partial)
+                (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        write_files(partial, sizes, file_tensors(model, places, dtypes), max_shard_bytes)
+
+
+@contextlib.contextmanager
+def _written_beside(directory: Path) -> Iterator[Path]:
+    """A folder for all processes to write to, which takes the place of `directory` once they have; or goes away."""
+    partial = None
+    with together():
+        if is_lead():
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+            partial.chmod(0o755)
+    partial = directory.parent / gather(partial and partial.name)[0]
     try:
-        partial.chmod(0o755)
-        if base is not None:
-            _copy_companions(Path(base), partial)
-        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        _write_shards(partial, tensors, places, dtypes, max_shard_bytes)
-        _replace(directory, partial)
+        yield partial
+        with together():
+            if is_lead():
+                _replace(directory, partial)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    barrier("save_hf")
+        if is_lead():
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _stored_dtype(stored: Mapping[str, StoredTensor], name: str, model: Qwen3VL) -> np.dtype:
@@ -332,42 +377,17 @@ def _set_dtype(config: dict[str, Any], dtype: np.dtype) -> None:
 
 def file_tensors(
     model: Qwen3VL, places: Mapping[str, TensorPlace], dtypes: Mapping[str, np.dtype]
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor as the file holds it, one at a time in host memory."""
+) -> Callable[[str, bool], np.ndarray | None]:
+    """What gives each tensor as the file holds it, by name, where it is wanted; see `shards.on_host`."""
     params = nnx.to_flat_state(nnx.state(model, nnx.Param))
     arrays = {path: variable[...] for path, variable in params}
-    for name, place in places.items():
-        array = arrays[place.path] if place.layer is None else arrays[place.path][place.layer]
-        if not array.is_fully_addressable:
-            array = multihost_utils.process_allgather(array, tiled=True)
-        yield name, np.ascontiguousarray(_to_file(np.asarray(array), place).astype(dtypes[name]))
 
+    def tensor(name: str, wanted: bool) -> np.ndarray | None:
+        place = places[name]
+        found = on_host(arrays[place.path], () if place.layer is None else (place.layer,), dtypes[name], wanted)
+        return None if found is None else np.ascontiguousarray(_to_file(found, place))
 
-def _write_shards(
-    directory: Path,
-    tensors: Iterator[tuple[str, np.ndarray]],
-    places: Mapping[str, TensorPlace],
-    dtypes: Mapping[str, np.dtype],
-    max_bytes: int,
-) -> None:
-    """model.safetensors, or numbered files and their index where one file would be larger than `max_bytes`."""
-    sizes = {name: math.prod(place.shape) * dtypes[name].itemsize for name, place in places.items()}
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name, size in sizes.items():
-        if shards[-1] and filled + size > max_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
-    weight_map = {}
-    for number, names in enumerate(shards, start=1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        save_file(dict(next(tensors) for _ in names), directory / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(names, file)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    return tensor
 
 
 def _replaceable(directory: Path) -> bool:

@@ -6,19 +6,20 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from models.qwen3_vl.attention import Visibility
+from models.qwen3_vl.attention import Kernel
 from models.qwen3_vl.cache import KVCache, SharedPages
 from models.qwen3_vl.config import Qwen3VLConfig
 from models.qwen3_vl.images import PackedImages
 from models.qwen3_vl.layers import Precision, Remat, by_columns
 from models.qwen3_vl.rope import text_rotation
 from models.qwen3_vl.text import Decoder
+from models.qwen3_vl.visibility import Visibility
 from models.qwen3_vl.vision import VisionTower
 from sharding import constrain
 
 
 class Qwen3VL(nnx.Module):
-    """Qwen3-VL (dense); numerically transformers' `Qwen3VLForConditionalGeneration`.
+    """Qwen3-VL, dense or MoE; as transformers' `Qwen3VLForConditionalGeneration`, `Qwen3VLMoeForConditionalGeneration`.
 
     Parameters carry logical axis names (`axes`) that `sharding` maps to a mesh. Those of the layers are stacked
     (until they are `laid_out` for decoding).
@@ -32,11 +33,13 @@ class Qwen3VL(nnx.Module):
         dtype: DTypeLike = jnp.bfloat16,
         param_dtype: DTypeLike = jnp.float32,
         remat: Remat = "full",
+        kernel: Kernel = "xla",
     ):
         precision = Precision(compute=jnp.dtype(dtype), params=jnp.dtype(param_dtype))
         self.config = config
         self.dtype = precision.compute
         self.remat: Remat = remat
+        self.kernel: Kernel = kernel
         text = config.text
         table = jax.random.normal(rngs.params(), (text.vocab_size, text.hidden_size), precision.params)
         self.embedding = nnx.Param(text.initializer_range * table, axes=("vocab", "embed"))
@@ -83,7 +86,8 @@ class Qwen3VL(nnx.Module):
             positions = jnp.broadcast_to(index[..., None], (batch, length, 3))
         visibility = Visibility(query_ids=segment_ids, prefix_ids=prefix_ids, key_ids=segment_ids, query_index=index)
         x, deepstack = self._embed(input_ids, images)
-        return self.decoder(x, text_rotation(self.config.text, positions), visibility, deepstack, remat=self.remat)
+        rotation = text_rotation(self.config.text, positions)
+        return self.decoder(x, rotation, visibility, deepstack, remat=self.remat, kernel=self.kernel)
 
     def extend(
         self,
@@ -133,7 +137,7 @@ class Qwen3VL(nnx.Module):
         x = self.embedding[...][input_ids].astype(self.dtype)
         if images is None:
             return constrain(x, "batch", "tokens", None), None
-        features, deepstack = self.vision(images, remat=self.remat)
+        features, deepstack = self.vision(images, remat=self.remat, kernel=self.kernel)
         is_image = (images.feature_index >= 0)[..., None]
         at = jnp.maximum(images.feature_index, 0)[..., None]
 

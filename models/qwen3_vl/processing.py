@@ -1,8 +1,7 @@
-"""Messages and images to token ids and patches, turn by turn: what is already in a trajectory is never re-encoded."""
+"""Messages, images and videos to token ids and patches, turn by turn: a trajectory is never encoded anew."""
 
 import copy
 import functools
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,28 +12,38 @@ import jinja2
 import numpy as np
 from jaxtyping import Bool, Int
 from PIL import Image
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from models.policy import PolicyConfig
 from models.qwen3_vl.config import Qwen3VLConfig
-from models.qwen3_vl.images import EncodedImage
-from models.qwen3_vl.pixels import ImageSettings, encode_image, load_image
+from models.qwen3_vl.images import EncodedImage, placeholder_ids
+from models.qwen3_vl.pixels import ImageSettings, PatchSettings, encode_image, load_image
+from models.qwen3_vl.processor_files import (
+    read_image_settings,
+    read_json,
+    read_stop_ids,
+    read_tokenizer,
+    read_video_settings,
+)
+from models.qwen3_vl.video import EncodedVideo, Video, VideoSettings, encode_video
 
 __all__ = ["EncodedPrompt", "Message", "Processor", "load_image"]
 
 Message = Mapping[str, Any]
-"""`{"role", "content"}`: content is a string, or parts `{"type": "text", "text"}` and `{"type": "image"}`.
+"""`{"role", "content"}`: content is a string, or parts of type text (with a "text"), image and video.
 
-An image part may carry its image: `{"type": "image", "image": path or data URI}`.
+An image part may carry its image: `{"type": "image", "image": path or data URI}`. So may a video part, `{"type":
+"video", "video": path, data URI or list of frame images}`, beside which `fps` or `num_frames` may say what to sample.
 """
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedPrompt:
-    """A conversation as the model sees it, image placeholders expanded."""
+    """What is said as the model sees it, placeholders of images and videos expanded."""
 
     token_ids: Int[np.ndarray, " tokens"]
     images: tuple[EncodedImage, ...]
+    """In the order of the tokens; a video's are one for each time that it shows."""
 
 
 class ObservationTurn(NamedTuple):
@@ -58,7 +67,7 @@ class _Turns:
 
 
 class Processor:
-    """Tokenizer, chat template and image settings of a Qwen3-VL directory.
+    """Tokenizer, chat template, image and video settings of a Qwen3-VL directory.
 
     What is said is data: special tokens written in a message or an observation are encoded as plain text, and only
     the chat template can write them. Safe to use from several threads.
@@ -70,10 +79,13 @@ class Processor:
         config: Qwen3VLConfig,
         tokenizer: PreTrainedTokenizerFast,
         image_settings: ImageSettings,
+        video_settings: VideoSettings,
         stop_ids: Iterable[int] = (),
     ):
         self.image_settings = image_settings
-        _check_sizes(config, image_settings)
+        self.video_settings = video_settings
+        _check_sizes(config, image_settings, "preprocessor_config.json")
+        _check_sizes(config, video_settings, "video_preprocessor_config.json")
         self._take(config, tokenizer, stop_ids)
 
     def _take(self, config: PolicyConfig, tokenizer: PreTrainedTokenizerFast, stop_ids: Iterable[int]) -> None:
@@ -107,19 +119,20 @@ class Processor:
 
     def __reduce__(self):
         # Made anew where it is unpickled (data workers, deep copies): a pickled encoder forgets which of the two it is.
-        made = {"config": self.config, "tokenizer": self.tokenizer, "image_settings": self.image_settings}
-        return functools.partial(Processor, **made, stop_ids=self.stop_ids), ()
+        names = ("config", "tokenizer", "image_settings", "video_settings", "stop_ids")
+        return functools.partial(Processor, **{name: getattr(self, name) for name in names}), ()
 
     @classmethod
     def from_hf(cls, directory: str | Path) -> "Processor":
         """From a directory in HF format. Raises ValueError, one line, that names the file that is missing or wrong."""
         directory = Path(directory)
-        config = Qwen3VLConfig.from_hf(_json(directory, "config.json"))
+        config = Qwen3VLConfig.from_hf(read_json(directory, "config.json"))
         tokenizer = read_tokenizer(directory)
         return cls(
             config=config,
             tokenizer=tokenizer,
-            image_settings=_image_settings(directory),
+            image_settings=read_image_settings(directory),
+            video_settings=read_video_settings(directory),
             stop_ids=read_stop_ids(directory, tokenizer),
         )
 
@@ -129,6 +142,10 @@ class Processor:
         """Patches of one image, as transformers' image processor makes them; transparency is put on white."""
         return encode_image(image, self.image_settings)
 
+    def encode_video(self, video: Video) -> EncodedVideo:
+        """Patches and times of one video, as transformers' video processor makes them."""
+        return encode_video(video, self.video_settings)
+
     def encode_text(self, text: str) -> Int[np.ndarray, " tokens"]:
         """Ids of a text without any wrapper, special tokens in it as plain text."""
         return _ids(self._plain.encode(text, add_special_tokens=False).ids)
@@ -137,25 +154,28 @@ class Processor:
         self,
         messages: Sequence[Message],
         images: Sequence[Image.Image] | None = None,
+        videos: Sequence[Video] | None = None,
         *,
         add_generation_prompt: bool = True,
     ) -> EncodedPrompt:
-        """A conversation by the chat template; image parts take `images` in order, or, when None, what they carry.
+        """A conversation by the chat template; parts take `images` and `videos` in order, or, when None, their own.
 
-        Raises ValueError where parts and images do not match, or the template refuses the messages.
+        Raises ValueError where parts do not match what came with them, or the template refuses the messages.
         """
-        parts = [part for message in messages for part in _parts(message) if part.get("type") != "text"]
-        for part in parts:
-            if part.get("type") != "image":
-                raise ValueError(f"message part of type {part.get('type')!r}; expected 'text' or 'image'")
-        if images is None:
-            images = [_carried(part) for part in parts]
-        if len(images) != len(parts):
-            raise ValueError(f"the messages have {len(parts)} image parts; {len(images)} images came with them")
-        masks = self._masks(part["text"] for message in messages for part in _parts(message) if "text" in part)
+        parts = [part for message in messages for part in _parts(message)]
+        encoded = self._encode_media(parts, images, videos)
+        masks = self._masks(part["text"] for part in parts if "text" in part)
         rendered = self._render([self._masked_message(message, masks) for message in messages], add_generation_prompt)
-        encoded = tuple(self.encode_image(image) for image in images)
-        return EncodedPrompt(token_ids=self._expand(self._encode_rendered(rendered, masks), encoded), images=encoded)
+        return self._expand(self._encode_rendered(rendered, masks), *encoded)
+
+    def user_turn(self, message: Message, images: Sequence[Image.Image], videos: Sequence[Video]) -> EncodedPrompt:
+        """A later turn of the user, its parts in their order, and the start of the assistant's next turn."""
+        turns, parts = self._turns, _parts(message)
+        encoded = self._encode_media(parts, images, videos)
+        masks = self._masks(part["text"] for part in parts if "text" in part)
+        shown = {"image": turns.image, "video": self._video_mark}
+        said = "".join(shown.get(part["type"]) or self._masked(part["text"], masks) for part in parts)
+        return self._expand(self._encode_rendered(turns.user_start + said + turns.user_end, masks), *encoded)
 
     def observation_turn(
         self, text: str, images: Sequence[EncodedImage] = (), max_tokens: int | None = None
@@ -173,13 +193,13 @@ class Processor:
             return self._encode_rendered(shown + self._masked(said, masks) + turns.user_end, masks)
 
         if max_tokens is None:
-            return ObservationTurn(self._expand(encode(text, len(images)), images), len(images), text)
+            return ObservationTurn(self._expand(encode(text, len(images)), images).token_ids, len(images), text)
         kept = self._images_that_fit(text, images, max_tokens - len(encode("", 0)))
         if kept < len(images):
             text = f"{text}\n" * bool(text) + f"[{len(images) - kept} of {len(images)} images left out: no room]"
         placeholders = sum(image.tokens(self.config) - 1 for image in images[:kept])
         ids, text = self._encode_within(text, lambda said: encode(said, kept), max_tokens - placeholders)
-        return ObservationTurn(self._expand(ids, images[:kept]), kept, text)
+        return ObservationTurn(self._expand(ids, images[:kept]).token_ids, kept, text)
 
     def decode(self, ids: Sequence[int] | Int[np.ndarray, " tokens"], *, keep_special: bool = False) -> str:
         """The text of `ids`, special tokens included; without `keep_special` those that end a turn are left out."""
@@ -194,16 +214,18 @@ class Processor:
         mask = np.ones(self.config.text.vocab_size, bool)
         known = np.fromiter(self._control.get_vocab(with_added_tokens=True).values(), np.int64)
         mask[known[known < len(mask)]] = False
-        for placeholder in self._placeholders():
-            mask[placeholder] = True
+        mask[list(self._placeholders())] = True
         return mask
 
     def _placeholders(self) -> tuple[int, ...]:
         """Tokens around images and in their places."""
+        return *placeholder_ids(self.config), *self._brackets()
+
+    def _brackets(self) -> tuple[int, int]:
+        """What stands before and after an image's features."""
         config = self.config
         assert isinstance(config, Qwen3VLConfig)
-        ends = config.vision_start_token_id, config.vision_end_token_id
-        return config.image_token_id, config.video_token_id, *ends
+        return config.vision_start_token_id, config.vision_end_token_id
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         try:
@@ -231,6 +253,13 @@ class Processor:
             raise ValueError("the chat template does not render turns one after the other; expected one like Qwen's")
         return _Turns(assistant_end=end, user_start=user_start, image=image, user_end=user_end)
 
+    @functools.cached_property
+    def _video_mark(self) -> str:
+        """What the chat template writes for a video."""
+        before, after = "BEFORE-7f3a", "AFTER-7f3a"
+        parts = [{"type": "text", "text": before}, {"type": "video"}, {"type": "text", "text": after}]
+        return self._render([{"role": "user", "content": parts}], False).partition(before)[2].partition(after)[0]
+
     def _masks(self, texts: Iterable[str]) -> Mapping[str, str]:
         """A stand-in character for each special token that is written in `texts`; empty where none is."""
         text = "".join(texts)
@@ -242,11 +271,11 @@ class Processor:
         return self._special_pattern.sub(lambda match: masks[match.group()], text) if masks else text
 
     def _masked_message(self, message: Message, masks: Mapping[str, str]) -> Message:
-        """Special tokens masked; of image parts only that they are there."""
+        """Special tokens masked; of images and videos only that they are there."""
         if isinstance(message.get("content"), str):
             return {**message, "content": self._masked(message["content"], masks)}
         parts = [
-            {**part, "text": self._masked(part["text"], masks)} if part.get("type") == "text" else {"type": "image"}
+            {**part, "text": self._masked(part["text"], masks)} if part["type"] == "text" else {"type": part["type"]}
             for part in _parts(message)
         ]
         return {**message, "content": parts}
@@ -264,15 +293,56 @@ class Processor:
                 ids.extend(self._plain.encode(piece.translate(unmasked), add_special_tokens=False).ids)
         return ids
 
-    def _expand(self, ids: Sequence[int], images: Sequence[EncodedImage]) -> Int[np.ndarray, " tokens"]:
-        """One placeholder an image -> one a feature."""
+    def _encode_media(
+        self,
+        parts: Sequence[Mapping[str, Any]],
+        images: Sequence[Image.Image] | None,
+        videos: Sequence[Video] | None,
+    ) -> tuple[Sequence[EncodedImage], Sequence[EncodedVideo]]:
+        """What image and video parts show. Raises ValueError for parts of another type, and for wrong counts."""
+        of_type: dict[str, list[Mapping[str, Any]]] = {"text": [], "image": [], "video": []}
+        for part in parts:
+            if part.get("type") not in of_type:
+                raise ValueError(f"message part of type {part.get('type')!r}; expected 'text', 'image' or 'video'")
+            of_type[part["type"]].append(part)
+        images = [_carried(part) for part in of_type["image"]] if images is None else images
+        videos = [Video.from_part(part) for part in of_type["video"]] if videos is None else videos
+        for kind, given in (("image", images), ("video", videos)):
+            if len(given) != len(of_type[kind]):
+                count = len(of_type[kind])
+                raise ValueError(f"the messages have {count} {kind} parts; {len(given)} {kind}s came with them")
+        return [self.encode_image(image) for image in images], [self.encode_video(video) for video in videos]
+
+    def _expand(
+        self, ids: Sequence[int], images: Sequence[EncodedImage], videos: Sequence[EncodedVideo] = ()
+    ) -> EncodedPrompt:
+        """One placeholder an image -> one a feature; one a video -> its times, each before its features."""
+        image_id, video_id = placeholder_ids(self.config)
         flat = _ids(ids)
-        places = np.flatnonzero(flat == self.config.image_token_id)
-        if len(places) != len(images):
-            raise ValueError(f"the chat template wrote {len(places)} image placeholders for {len(images)} images")
-        repeats = np.ones(len(flat), np.int64)
-        repeats[places] = [image.tokens(self.config) for image in images]
-        return np.repeat(flat, repeats)
+        for kind, placeholder, given in (("image", image_id, images), ("video", video_id, videos)):
+            if (found := np.count_nonzero(flat == placeholder)) != len(given):
+                raise ValueError(f"the chat template wrote {found} {kind} placeholders for {len(given)} {kind}s")
+        pieces, shown, at = [], [], 0
+        next_image, next_video = iter(images), iter(videos)
+        for place in np.flatnonzero(np.isin(flat, (image_id, video_id))):
+            pieces.append(flat[at:place])
+            at = place + 1
+            if flat[place] == image_id:
+                image = next(next_image)
+                pieces.append(np.full(image.tokens(self.config), image_id, np.int32))
+                shown.append(image)
+            else:
+                video = next(next_video)
+                pieces.extend(self._timed(*one) for one in zip(video.seconds, video.images, strict=True))
+                shown.extend(video.images)
+        return EncodedPrompt(token_ids=np.concatenate([*pieces, flat[at:]]), images=tuple(shown))
+
+    def _timed(self, seconds: float, image: EncodedImage) -> Int[np.ndarray, " tokens"]:
+        """What a video shows at a time, as transformers' processor writes it into the template's own brackets."""
+        features = [self.config.video_token_id] * image.tokens(self.config)
+        mark = self.encode_text(f"<{seconds:.1f} seconds>")
+        before, after = self._brackets()
+        return np.concatenate([mark, _ids([before, *features, after])])
 
     def _images_that_fit(self, text: str, images: Sequence[EncodedImage], room: int) -> int:
         """How many of the first images leave room for the text, or for a quarter of it where it is long."""
@@ -329,62 +399,9 @@ def _carried(part: Mapping[str, Any]) -> Image.Image:
     return load_image(source)
 
 
-def _json(directory: Path, name: str, missing: dict[str, Any] | None = None) -> dict[str, Any]:
-    path = directory / name
-    if not path.is_file():
-        if missing is not None:
-            return missing
-        raise ValueError(f"{directory} has no {name}; expected a Qwen3-VL directory in HF format")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-
-
-def read_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
-    if not any((directory / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        raise ValueError(f"{directory} has no tokenizer.json; expected a Qwen3-VL directory in HF format")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except Exception as error:  # The Rust reader raises bare Exceptions.
-        raise ValueError(f"the tokenizer of {directory} can not be loaded: {str(error).splitlines()[0]}") from error
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise ValueError(f"{directory} holds a {type(tokenizer).__name__}; expected one with a tokenizer.json")
-    tokenizer.chat_template = _chat_template(directory, tokenizer.chat_template)
-    return tokenizer
-
-
-def read_stop_ids(directory: Path, tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """What ends a turn by generation_config.json, and by the tokenizer."""
-    ends = _json(directory, "generation_config.json", {}).get("eos_token_id")
-    found = [*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]
-    return [number for number in found if number is not None]
-
-
-def _chat_template(directory: Path, of_tokenizer: str | dict[str, str] | None) -> str:
-    """The template that transformers' processor would use: its own file before the tokenizer's."""
-    legacy = _json(directory, "chat_template.json", {}).get("chat_template")
-    if legacy is not None:
-        return legacy
-    if (directory / "chat_template.jinja").is_file():
-        return (directory / "chat_template.jinja").read_text(encoding="utf-8")
-    found = of_tokenizer.get("default") if isinstance(of_tokenizer, dict) else of_tokenizer
-    if found is None:
-        raise ValueError(f"{directory} has no chat template; expected chat_template.jinja or chat_template.json")
-    return found
-
-
-def _image_settings(directory: Path) -> ImageSettings:
-    """From processor_config.json where it holds them (transformers 5 writes that), or preprocessor_config.json."""
-    nested = _json(directory, "processor_config.json", {}).get("image_processor")
-    return ImageSettings.from_dict(nested or _json(directory, "preprocessor_config.json"))
-
-
-def _check_sizes(config: Qwen3VLConfig, settings: ImageSettings) -> None:
+def _check_sizes(config: Qwen3VLConfig, settings: PatchSettings, file: str) -> None:
     vision = config.vision
     expected = (vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size)
     found = (settings.patch_size, settings.temporal_patch_size, settings.merge_size)
     if found != expected:
-        raise ValueError(
-            f"preprocessor_config.json has patch, temporal patch and merge sizes {found}; config.json has {expected}"
-        )
+        raise ValueError(f"{file} has patch, temporal patch and merge sizes {found}; config.json has {expected}")

@@ -1,24 +1,28 @@
 """The decoder: stacked layers with grouped-query attention, scanned, with or without a cache."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from models.policy import PolicyConfig
-from models.qwen3_vl.attention import Visibility, causal_attention, paged_attention
+from models.qwen3_vl.attention import Kernel, attention, paged_attention
 from models.qwen3_vl.cache import KVCache, SharedPages
-from models.qwen3_vl.config import TextConfig
-from models.qwen3_vl.layers import ACTIVATION_FUNCTIONS, ATTENTION, Linear, Precision, Remat, RMSNorm, scan, stack
+from models.qwen3_vl.config import MoEConfig, TextConfig
+from models.qwen3_vl.layers import ACTIVATION_FUNCTIONS, Linear, Precision, Remat, RMSNorm, stack
+from models.qwen3_vl.moe import SparseMLP
 from models.qwen3_vl.rope import Rotation, rotate
+from models.qwen3_vl.runs import LayerRuns, scan_runs
+from models.qwen3_vl.visibility import Visibility
 from sharding import constrain
 
 
 class TextLayer(nnx.Module):
-    """Pre-norm decoder layer: attention with normed queries and keys, then a gated MLP."""
+    """Pre-norm decoder layer: attention with normed queries and keys, then a gated MLP, or a mixture of them."""
 
-    def __init__(self, config: TextConfig, *, precision: Precision, rngs: nnx.Rngs):
+    def __init__(self, config: TextConfig, *, moe: MoEConfig | None, precision: Precision, rngs: nnx.Rngs):
         self.config = config
         width, size = config.hidden_size, config.head_dim
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -33,9 +37,12 @@ class TextLayer(nnx.Module):
         self.query_norm = RMSNorm(size, **norm)
         self.key_norm = RMSNorm(size, **norm)
         self.mlp_norm = RMSNorm(width, **norm)
-        self.gate = Linear((width,), (config.intermediate_size,), axes=("embed", "mlp"), bias=False, **common)
-        self.up = Linear((width,), (config.intermediate_size,), axes=("embed", "mlp"), bias=False, **common)
-        self.down = Linear((config.intermediate_size,), (width,), axes=("mlp", "embed"), bias=False, **common)
+        self.experts = None if moe is None else SparseMLP(config, moe, precision=precision, rngs=rngs)
+        if moe is None:
+            hidden = config.intermediate_size
+            self.gate = Linear((width,), (hidden,), axes=("embed", "mlp"), bias=False, **common)
+            self.up = Linear((width,), (hidden,), axes=("embed", "mlp"), bias=False, **common)
+            self.down = Linear((hidden,), (width,), axes=("mlp", "embed"), bias=False, **common)
 
     def queries_keys_values(
         self, x: Float[Array, "batch tokens embed"], rotation: Rotation
@@ -55,9 +62,12 @@ class TextLayer(nnx.Module):
         """The rest of the layer, once attention is done."""
         x += self.out(attended)
         y = self.mlp_norm(x)
-        hidden = ACTIVATION_FUNCTIONS[self.config.hidden_act](self.gate(y)) * self.up(y)
-        x += self.down(constrain(hidden, "batch", "tokens", "mlp"))
+        x += self._mlp(y) if self.experts is None else self.experts(y)
         return constrain(x, "batch", "tokens", None)
+
+    def _mlp(self, y: Float[Array, "batch tokens embed"]) -> Float[Array, "batch tokens embed"]:
+        hidden = ACTIVATION_FUNCTIONS[self.config.hidden_act](self.gate(y)) * self.up(y)
+        return self.down(constrain(hidden, "batch", "tokens", "mlp"))
 
 
 class Decoder(nnx.Module):
@@ -66,10 +76,10 @@ class Decoder(nnx.Module):
     def __init__(self, config: PolicyConfig, *, precision: Precision, rngs: nnx.Rngs):
         self.config = config
         text = config.text
-        self.layers: TextLayer | nnx.List[TextLayer] = stack(
-            lambda rngs: TextLayer(text, precision=precision, rngs=rngs), text.num_hidden_layers, rngs
-        )
-        """Stacked; apart in a model that is `laid_out` for decoding."""
+        make = partial(_layer, text, precision)
+        stacks = [stack(partial(make, run.moe), len(run.layers), rngs) for run in text.layer_runs]
+        self.layers: TextLayer | LayerRuns | nnx.List[TextLayer] = stacks[0] if len(stacks) == 1 else LayerRuns(stacks)
+        """Stacked, those of one kind; apart in a model that is `laid_out` for decoding."""
         self.norm = RMSNorm(text.hidden_size, epsilon=text.rms_norm_eps, precision=precision)
 
     def __call__(
@@ -80,15 +90,16 @@ class Decoder(nnx.Module):
         deepstack: Float[Array, "depth batch tokens embed"] | None = None,
         *,
         remat: Remat = "nothing",
+        kernel: Kernel = "xla",
     ) -> Float[Array, "batch tokens embed"]:
         """All tokens of the rows at once."""
 
         def body(layer: TextLayer, x: Array, index: Array) -> Array:
             queries, keys, values = layer.queries_keys_values(x, rotation)
-            attended = causal_attention(queries, keys.swapaxes(1, 2), values.swapaxes(1, 2), visibility)
-            return _add_features(layer.finish(x, checkpoint_name(attended, ATTENTION)), deepstack, index)
+            attended = attention(queries, keys.swapaxes(1, 2), values.swapaxes(1, 2), visibility, kernel=kernel)
+            return _add_features(layer.finish(x, attended), deepstack, index)
 
-        return self.norm(scan(self.layers, body, x, self._layer_indices(), remat=remat))
+        return self.norm(scan_runs(self.layers, body, x, self._layer_indices(), remat=remat))
 
     def extend(
         self,
@@ -113,11 +124,15 @@ class Decoder(nnx.Module):
             attended = paged_attention(queries, cache, number, table, index, shared)
             return _add_features(layer.finish(x, attended), deepstack, number), cache
 
-        x, cache = scan(self.layers, body, (x, cache), self._layer_indices())
+        x, cache = scan_runs(self.layers, body, (x, cache), self._layer_indices())
         return self.norm(x), cache
 
     def _layer_indices(self) -> Int[Array, " layers"]:
         return jnp.arange(self.config.text.num_hidden_layers)
+
+
+def _layer(config: TextConfig, precision: Precision, moe: MoEConfig | None, rngs: nnx.Rngs) -> TextLayer:
+    return TextLayer(config, moe=moe, precision=precision, rngs=rngs)
 
 
 def _add_features(

@@ -3,14 +3,14 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from models.qwen3_vl.attention import Visibility, attention
+from models.qwen3_vl.attention import Kernel, attention
 from models.qwen3_vl.config import VisionConfig
 from models.qwen3_vl.images import PackedImages
-from models.qwen3_vl.layers import ACTIVATION_FUNCTIONS, ATTENTION, LayerNorm, Linear, Precision, Remat, scan, stack
+from models.qwen3_vl.layers import ACTIVATION_FUNCTIONS, LayerNorm, Linear, Precision, Remat, scan, stack
 from models.qwen3_vl.rope import Rotation, rotate, vision_rotation
+from models.qwen3_vl.visibility import Visibility
 from sharding import constrain
 
 
@@ -30,15 +30,15 @@ class VisionLayer(nnx.Module):
         self.down = Linear((config.intermediate_size,), (width,), axes=("vision_mlp", "vision_embed"), **common)
 
     def __call__(
-        self, x: Float[Array, "rows patches width"], rotation: Rotation, visibility: Visibility
+        self, x: Float[Array, "rows patches width"], rotation: Rotation, visibility: Visibility, kernel: Kernel
     ) -> Float[Array, "rows patches width"]:
         queries, keys, values = jnp.moveaxis(self.qkv(self.attention_norm(x)), 2, 0)
         queries, keys = rotate(queries, rotation), rotate(keys, rotation)
-        attended = attention(queries, keys.swapaxes(1, 2), values.swapaxes(1, 2), visibility)
-        x += self.out(checkpoint_name(attended, ATTENTION))
+        keys, values = keys.swapaxes(1, 2), values.swapaxes(1, 2)
+        x += self.out(attention(queries, keys, values, visibility, kernel=kernel, heads_axis="vision_heads"))
         activation = ACTIVATION_FUNCTIONS[self.config.hidden_act]
         x += self.down(activation(self.up(self.mlp_norm(x))))
-        return constrain(x, "batch", None, None)
+        return constrain(x, "batch", "tokens", None)
 
 
 class PatchMerger(nnx.Module):
@@ -85,19 +85,19 @@ class VisionTower(nnx.Module):
         )
 
     def __call__(
-        self, images: PackedImages, *, remat: Remat = "nothing"
+        self, images: PackedImages, *, remat: Remat = "nothing", kernel: Kernel = "xla"
     ) -> tuple[Float[Array, "rows features embed"], list[Float[Array, "rows features embed"]]]:
         """Features that replace token embeddings, and those that deepstack adds after the first decoder layers."""
         table = self.position_table[...].astype(jnp.float32)
         # Corner by corner: gathering the four at once would hold four times the hidden states.
         positions = sum(table[images.corners[..., k]] * images.weights[..., k, None] for k in range(4))
         x = self.patch_embedding(images.patches) + jnp.asarray(positions, self.dtype)
-        x = constrain(x, "batch", None, None)
+        x = constrain(x, "batch", "tokens", None)
         rotation = vision_rotation(self.config, images.coordinates)
         visibility = Visibility(query_ids=images.segment_ids, key_ids=images.segment_ids)
 
         def body(layer: VisionLayer, x: Array, _: None) -> Array:
-            return layer(x, rotation, visibility)
+            return layer(x, rotation, visibility, kernel)
 
         deepstack, begin = [], 0
         for tap, merger in self.config.deepstack_taps:

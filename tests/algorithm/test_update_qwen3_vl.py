@@ -1,6 +1,8 @@
 """The step on the real model and the real packing, with images in prompts and observations."""
 
+import contextlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -9,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import Mesh
 
 from hdpo_jax.algorithm.state import TrainState, init_state
 from hdpo_jax.algorithm.update import UpdateBatch, make_update
@@ -16,9 +19,13 @@ from hdpo_jax.config import AlgorithmConfig
 from hdpo_jax.data.tiny_checkpoint import TINY
 from hdpo_jax.rollout.packing import RowShape, assign_rows, fill_rows, group_family
 from hdpo_jax.types import PackedRows, Prompt, StopReason, Trajectory
-from models.qwen3_vl import EncodedImage, Qwen3VL
+from models.qwen3_vl import EncodedImage, MoEConfig, Qwen3VL, Qwen3VLConfig
+from sharding import make_mesh, param_shardings, shard_batch
 
 PROMPT = Prompt(id="p", messages=(), images=(), ground_truth="", data_source="test")
+# Experts, an MLP, experts.
+EXPERTS = MoEConfig(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=48, mlp_only_layers=(1,))
+TINY_MOE = replace(TINY, text=replace(TINY.text, moe=EXPERTS))
 IMAGE = TINY.image_token_id
 OPTIMIZER = optax.sgd(1.0)
 GROUPS, SAMPLES = 2, 3
@@ -77,15 +84,19 @@ def packed(shape: RowShape, rows_each: int, sharing: int) -> tuple[PackedRows, i
     return stacked, len(assigned)
 
 
-def gradient_step(shape: RowShape, rows_each: int, sharing: int) -> tuple[int, Sequence[np.ndarray], dict[str, float]]:
+def gradient_step(
+    shape: RowShape, rows_each: int, sharing: int, *, config: Qwen3VLConfig = TINY, mesh: Mesh | None = None
+) -> tuple[int, Sequence[np.ndarray], dict[str, float]]:
     """Rows used, what one plain gradient step added to each parameter, and the metrics."""
-    graphdef, params = nnx.split(Qwen3VL(TINY, rngs=nnx.Rngs(0), dtype=jnp.float32))
+    graphdef, params = nnx.split(Qwen3VL(config, rngs=nnx.Rngs(0), dtype=jnp.float32))
     before = jax.device_get(jax.tree.leaves(params))
+    if mesh is not None:
+        params = jax.device_put(params, param_shardings(params, mesh))
     state: TrainState = init_state(params, OPTIMIZER)
     rows, used = packed(shape, rows_each, sharing)
     accuracy = jnp.array([[1.0, 0.1, 1.0], [1.0, 1.0, 0.0]])
     batch = UpdateBatch(
-        rows=rows,
+        rows=rows if mesh is None else shard_batch(rows, mesh, axis=2),
         micro_batches=jnp.array([-(-used // rows_each)], jnp.int32),
         accuracy_rewards=accuracy,
         tool_rewards=jnp.array([[1.0, 0.0, 0.5], [1.0, 0.5, 0.0]]),
@@ -95,18 +106,32 @@ def gradient_step(shape: RowShape, rows_each: int, sharing: int) -> tuple[int, S
     )
     forbidden: Any = np.isin(np.arange(TINY.text.vocab_size), [IMAGE])
     update = make_update(graphdef, OPTIMIZER, AlgorithmConfig(), temperature=0.8, forbidden=forbidden)
-    state, metrics = update(state, batch)
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        state, metrics = update(state, batch)
     after = jax.device_get(jax.tree.leaves(state.params))
     steps = [new - old for new, old in zip(after, before, strict=True)]
     return used, steps, {name: float(value) for name, value in metrics.items()}
 
 
 @pytest.mark.slow
-def test_rows_that_share_prompts_and_images_give_the_unpacked_gradient():
-    """Each prompt and its image once, both groups in one micro-batch, against every rollout with a copy of its own."""
-    used, found, metrics = gradient_step(RowShape(32, 48), rows_each=2, sharing=SAMPLES)
+@pytest.mark.parametrize(
+    ("config", "axes"),
+    [
+        (TINY, None),
+        (TINY, {"fsdp": 2, "tensor": 2, "context": 2}),
+        (TINY_MOE, {"data": 2, "fsdp": 2, "tensor": 2}),
+    ],
+    ids=["dense", "dense, rows split over devices", "MoE, 8 devices"],
+)
+def test_rows_that_share_prompts_and_images_give_the_unpacked_gradient(config, axes):
+    """Each prompt and its image once, both groups in one micro-batch, against every rollout with a copy of its own.
+
+    The latter on one device.
+    """
+    mesh = None if axes is None else make_mesh(axes)
+    used, found, metrics = gradient_step(RowShape(32, 48), rows_each=2, sharing=SAMPLES, config=config, mesh=mesh)
     assert used == 2
-    used, expected, alone = gradient_step(RowShape(17, 20), rows_each=1, sharing=1)
+    used, expected, alone = gradient_step(RowShape(17, 20), rows_each=1, sharing=1, config=config)
     assert used >= 4
     largest = max(np.abs(step).max() for step in expected)
     assert largest > 1e-3 and all(np.abs(step).max() > 0 for step in expected)  # the vision tower learns too

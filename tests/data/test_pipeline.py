@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from hdpo_jax.data.dataset import BadRowError
-from hdpo_jax.data.pipeline import batches
+from hdpo_jax.data.pipeline import batches, joined
 from hdpo_jax.data.prompts import PromptDataset
 from hdpo_jax.data.rows import DataError
 
@@ -126,6 +126,23 @@ def test_a_run_may_resume_on_another_number_of_hosts(dataset):
     all_hosts = batches(dataset, batch_size=8, seed=1)
     all_hosts.set_state(one.get_state())
     assert take(all_hosts, 3) == whole[3:]
+
+
+def test_four_hosts_go_on_as_one_that_knows_what_each_found_bad(dataset):
+    """No example is skipped or given out twice: were each host's own batches counted, one would begin anew."""
+    whole = take(batches(dataset, batch_size=8, seed=1), 6)
+    hosts = [batches(dataset, batch_size=8, seed=1, shard_index=host, shard_count=4) for host in range(4)]
+    for host in hosts:
+        take(host, 3)
+    states = [host.get_state() for host in hosts]
+    torn = [["a", 1, "torn"], ["a", 2, "torn"]]
+    states[0], states[3] = states[0] | {"bad": torn[:1]}, states[3] | {"bad": torn}
+    one = batches(dataset, batch_size=8, seed=1)
+    one.set_state(joined(json.loads(json.dumps(states))))
+    assert take(one, 3) == whole[3:]
+    assert one.get_state()["bad"] == torn
+    with pytest.raises(DataError, match="hosts saved different places in the data: .* expected one place"):
+        joined([states[0], states[1] | {"batches": 2}])
 
 
 def test_a_state_of_other_data_or_settings_is_refused(dataset):

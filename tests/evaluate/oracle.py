@@ -2,7 +2,9 @@
 
 import base64
 import io
+import itertools
 import json
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ import torch
 from PIL import Image
 
 from models.qwen3_vl.processing import Processor
+from models.qwen3_vl.video import Video
+from tests.models.videos import clip, write_video
 
 
 def picture(width: int, height: int, seed: int) -> Image.Image:
@@ -25,11 +29,30 @@ def data_uri(image: Image.Image) -> str:
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
+def video_uri(frames: int) -> str:
+    """At 10 frames a second."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = write_video(Path(folder) / "a.mp4", clip(frames)).read_bytes()
+    return f"data:video/mp4;base64,{base64.b64encode(data).decode()}"
+
+
 def user(text: str, *images: str) -> dict[str, Any]:
     return {
         "role": "user",
         "content": [{"type": "image", "image": i} for i in images] + [{"type": "text", "text": text}],
     }
+
+
+def user_with_videos() -> dict[str, Any]:
+    """A video of three times, an image, a video of two."""
+    content = [
+        {"type": "video", "video": video_uri(21), "fps": 3},
+        {"type": "text", "text": "Is the sign of"},
+        {"type": "image", "image": data_uri(picture(64, 40, 3))},
+        {"type": "text", "text": "in"},
+        {"type": "video", "video": video_uri(12), "num_frames": 4},
+    ]
+    return {"role": "user", "content": content}
 
 
 def write_lines(path: Path, conversations: Iterable[list[Any]]) -> Path:
@@ -38,11 +61,23 @@ def write_lines(path: Path, conversations: Iterable[list[Any]]) -> Path:
 
 
 def model_inputs(processor: Processor, conversation: list[Any], token_ids: np.ndarray) -> dict[str, torch.Tensor]:
-    """What transformers' model takes for these ids and the conversation's images."""
+    """What transformers' model takes for these ids and the conversation's images and videos."""
     ids = torch.tensor(token_ids[None].astype(np.int64))
     inputs = {"input_ids": ids}
-    if images := processor.encode_messages(conversation, add_generation_prompt=True).images:
-        inputs["pixel_values"] = torch.tensor(np.concatenate([image.patches for image in images]))
-        inputs["image_grid_thw"] = torch.tensor([image.grid for image in images])
-        inputs["mm_token_type_ids"] = (ids == processor.config.image_token_id).int()
+    contents = [message["content"] for message in conversation if not isinstance(message["content"], str)]
+    parts = [part for part in itertools.chain(*contents) if part["type"] != "text"]
+    images = iter(processor.encode_messages(conversation, add_generation_prompt=True).images)
+    shown: dict[str, list[Any]] = {"image": [], "video": []}
+    for part in parts:
+        times = len(processor.encode_video(Video.from_part(part)).images) if part["type"] == "video" else 1
+        shown[part["type"]].append(list(itertools.islice(images, times)))
+    for kind, suffix in (("image", ""), ("video", "_videos")):
+        if shown[kind]:
+            patches = [image.patches for images in shown[kind] for image in images]
+            inputs[f"pixel_values{suffix}"] = torch.tensor(np.concatenate(patches))
+            grids = [(len(images), *images[0].grid[1:]) for images in shown[kind]]
+            inputs[f"{kind}_grid_thw"] = torch.tensor(grids)
+    if parts:
+        config = processor.config
+        inputs["mm_token_type_ids"] = (ids == config.image_token_id).int() + 2 * (ids == config.video_token_id).int()
     return inputs

@@ -13,12 +13,13 @@ from hdpo_jax.config import ToolsConfig
 from hdpo_jax.evaluate.generate import _calls, generate_file
 from hdpo_jax.evaluate.messages import MessagesError
 from models.qwen3_vl.processing import Processor
-from tests.evaluate.oracle import data_uri, model_inputs, picture, user, write_lines
+from tests.evaluate.oracle import data_uri, model_inputs, picture, user, user_with_videos, write_lines
 
 CONVERSATIONS = [
     [{"role": "user", "content": "What does the sign say?"}],
     [user("Which is wider?", data_uri(picture(96, 32, 0)), data_uri(picture(40, 64, 1)))],
     [user("Read the sign.", data_uri(picture(64, 64, 2)))],
+    [user_with_videos()],
 ]
 
 

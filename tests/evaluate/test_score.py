@@ -15,7 +15,7 @@ from hdpo_jax.evaluate import score
 from hdpo_jax.evaluate.messages import MessagesError
 from hdpo_jax.evaluate.score import score_file
 from models.qwen3_vl.processing import Processor
-from tests.evaluate.oracle import data_uri, model_inputs, picture, user, write_lines
+from tests.evaluate.oracle import data_uri, model_inputs, picture, user, user_with_videos, write_lines
 
 CONVERSATIONS = [
     [{"role": "user", "content": "What does the sign say?"}, {"role": "assistant", "content": "<answer>AEG</answer>"}],
@@ -25,6 +25,7 @@ CONVERSATIONS = [
     ],
     [{"role": "user", "content": "Read the sign. " * 20}],
     [user("Read the sign.", data_uri(picture(64, 64, 2)))],
+    [user_with_videos()],
 ]
 
 
@@ -114,6 +115,11 @@ def test_command_scores_without_torch(tiny_model: Path, messages: Path, tmp_path
         assert scores["logprobs_3"].shape == scores["token_ids_3"].shape
 
 
+def _video_line(video: Any, **options: Any) -> str:
+    part = {"type": "video", "video": video, **options}
+    return json.dumps({"messages": [{"role": "user", "content": [part]}]})
+
+
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
@@ -121,6 +127,11 @@ def test_command_scores_without_torch(tiny_model: Path, messages: Path, tmp_path
         ('{"messages": []}', "in.jsonl:2: "),
         (json.dumps({"messages": [user("x", "/nowhere.png")]}), "in.jsonl:2: .*nowhere.png"),
         (json.dumps({"messages": [user("x", "data:image/png;base64,AAAA")]}), "in.jsonl:2: .*can not be decoded"),
+        (_video_line("/nowhere.mp4"), "in.jsonl:2: video '/nowhere.mp4' can not be read"),
+        (_video_line("data:video/mp4;base64,AAAA"), "in.jsonl:2: video of 3 bytes can not be decoded"),
+        (_video_line(None), "in.jsonl:2: a video part carries 'None'; expected a path, a data URI or a list of frame"),
+        (_video_line("a.mp4", nframes=2), "in.jsonl:2: a video part has nframes; expected video, and fps or num_fr"),
+        (json.dumps({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}), "{'type': 'video', 'video'}"),
     ],
 )
 def test_bad_line_is_named_and_nothing_is_written(tiny_model: Path, tmp_path: Path, line: str, problem: str):

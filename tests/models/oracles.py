@@ -28,6 +28,16 @@ def rope(section: list[int], theta: float = 1e4) -> dict[str, Any]:
     return {"rope_type": "default", "rope_theta": theta, "mrope_section": section, "mrope_interleaved": True}
 
 
+SMALL_VISION = {
+    "depth": 3,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_heads": 2,
+    "patch_size": 3,
+    "num_position_embeddings": 25,
+    "deepstack_visual_indexes": [0, 2],
+}
+
 # Head sizes that are no power of two, groups of three heads a key, one vision layer tapped twice over, taps that are
 # not in order, sections that are shorter or longer than the frequencies there are.
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -106,6 +116,50 @@ CONFIGS: dict[str, dict[str, Any]] = {
         },
         "tie_word_embeddings": False,
     },
+    "experts in some layers": {
+        "model_type": "qwen3_vl_moe",
+        "text_config": {
+            "vocab_size": 97,
+            "hidden_size": 36,
+            "intermediate_size": 52,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "head_dim": 10,
+            "attention_bias": True,
+            "rope_parameters": rope([2, 2, 1]),
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 20,
+            # An MLP, experts, and two MLPs.
+            "decoder_sparse_step": 2,
+            "mlp_only_layers": [3],
+        },
+        "vision_config": SMALL_VISION | {"out_hidden_size": 36},
+        "tie_word_embeddings": False,
+    },
+}
+
+# Beside those above, which tests of everything go through.
+ONLY_EXPERTS: dict[str, dict[str, Any]] = {
+    "experts in all layers": {
+        "model_type": "qwen3_vl_moe",
+        "text_config": {
+            "vocab_size": 101,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 10,
+            "rope_parameters": rope([2, 2, 1]),
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            # Half the width: the matrices into an expert are square, and do not tell how they are stored.
+            "moe_intermediate_size": 16,
+        },
+        "vision_config": SMALL_VISION | {"out_hidden_size": 32},
+        "tie_word_embeddings": True,
+    },
 }
 
 
@@ -127,7 +181,9 @@ class Oracle:
 
 
 def hf_config(name: str) -> Any:
-    return transformers.Qwen3VLConfig.from_dict(copy.deepcopy(CONFIGS[name]) | TOKENS)
+    raw = copy.deepcopy((CONFIGS | ONLY_EXPERTS)[name])
+    kind: Any = transformers.CONFIG_MAPPING[raw.pop("model_type", "qwen3_vl")]
+    return kind.from_dict(raw | TOKENS)
 
 
 @functools.cache
@@ -135,7 +191,7 @@ def oracle(name: str) -> Oracle:
     """fp32, random weights: large enough that every part of the model shows in the logits."""
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(sum(name.encode()))
-    hf = transformers.Qwen3VLForConditionalGeneration(hf_config(name)).float().eval()
+    hf: Any = transformers.AutoModelForImageTextToText.from_config(hf_config(name), dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in hf.parameters():
             noise = torch.randn(parameter.shape, generator=generator)

@@ -5,7 +5,8 @@ import copy
 import pytest
 import transformers
 
-from models.qwen3_vl import Qwen3VLConfig, VisionConfig
+from models.qwen3_vl import MoEConfig, Qwen3VLConfig, TextConfig, VisionConfig
+from models.qwen3_vl.config import LayerRun
 from tests.models.oracles import CONFIGS, hf_config
 
 # As the hub publishes it: a `rope_scaling` beside `rope_theta`, no rotary settings for vision, fields of no bearing.
@@ -39,6 +40,8 @@ PUBLISHED = {
     },
 }
 
+MOE = {"model_type": "qwen3_vl_moe"}
+
 
 def test_published_dialect():
     config = Qwen3VLConfig.from_hf(PUBLISHED)
@@ -62,7 +65,7 @@ def test_what_is_written_loads_in_transformers_and_here(name):
     config = Qwen3VLConfig.from_hf(theirs.to_dict())
     written = config.to_hf()
     assert Qwen3VLConfig.from_hf(written) == config
-    loaded = transformers.Qwen3VLConfig.from_dict(copy.deepcopy(written)).to_dict()
+    loaded = type(theirs).from_dict(copy.deepcopy(written)).to_dict()
     for section in ("text_config", "vision_config"):
         assert loaded[section] == theirs.to_dict()[section]
 
@@ -71,6 +74,35 @@ def test_defaults_are_those_of_transformers():
     bare = {"model_type": "qwen3_vl", "vision_config": {"out_hidden_size": 4096}}
     theirs = transformers.Qwen3VLConfig(vision_config={"out_hidden_size": 4096}).to_dict()
     assert Qwen3VLConfig.from_hf(bare) == Qwen3VLConfig.from_hf(theirs)
+
+
+def test_experts_in_both_dialects():
+    """The hub counts `num_experts`, transformers 5 `num_local_experts`; what both leave out has other defaults."""
+    experts = {"num_experts": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "mlp_only_layers": [2, 3]}
+    published = {**PUBLISHED, **MOE, "text_config": PUBLISHED["text_config"] | experts | {"norm_topk_prob": True}}
+    config = Qwen3VLConfig.from_hf(published)
+    assert config.text.moe == MoEConfig(
+        num_experts=16, num_experts_per_tok=2, moe_intermediate_size=24, mlp_only_layers=(2, 3)
+    )
+    theirs = transformers.Qwen3VLMoeConfig.from_dict(copy.deepcopy(published)).to_dict()
+    assert "num_experts" not in theirs["text_config"]
+    assert Qwen3VLConfig.from_hf(theirs) == config
+    bare = {**MOE, "vision_config": {"out_hidden_size": 2048}}
+    theirs = transformers.Qwen3VLMoeConfig(vision_config={"out_hidden_size": 2048}).to_dict()
+    assert Qwen3VLConfig.from_hf(bare) == Qwen3VLConfig.from_hf(theirs)
+
+
+def test_layers_of_one_kind_are_one_run():
+    moe = MoEConfig(decoder_sparse_step=2, mlp_only_layers=(3,))
+    runs = TextConfig(num_hidden_layers=7, moe=moe).layer_runs
+    assert [(list(run.layers), run.moe) for run in runs] == [
+        ([0], None),
+        ([1], moe),  # "every second" counts from one
+        ([2, 3, 4], None),
+        ([5], moe),
+        ([6], None),
+    ]
+    assert TextConfig(num_hidden_layers=3).layer_runs == (LayerRun(range(3), None),)
 
 
 def test_deepstack_takes_layers_in_their_order_and_ignores_those_there_are_not():
@@ -82,7 +114,10 @@ def test_deepstack_takes_layers_in_their_order_and_ignores_those_there_are_not()
     ("change", "message"),
     [
         ({"model_type": "qwen2_5_vl"}, "'qwen2_5_vl'; only 'qwen3_vl'"),
-        ({"model_type": "qwen3_vl_moe"}, "only 'qwen3_vl'"),
+        ({"model_type": "qwen3_moe"}, "only 'qwen3_vl' and 'qwen3_vl_moe'"),
+        ({**MOE, "text_config": {"norm_topk_prob": False}}, "norm_topk_prob false"),
+        ({**MOE, "text_config": {"num_experts_per_tok": 61}}, "num_experts_per_tok 61 is not between 1 and num_exp"),
+        ({**MOE, "text_config": {"decoder_sparse_step": 0}}, "decoder_sparse_step is 0"),
         ({"text_config": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}}, "rotary scaling 'yarn'"),
         ({"text_config": {"head_dim": 7}}, "head_dim is 7"),
         ({"text_config": {"num_key_value_heads": 3}}, "num_key_value_heads 3"),

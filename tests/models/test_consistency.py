@@ -9,10 +9,10 @@ import pytest
 from flax import nnx
 
 from models.qwen3_vl import KVCache, Qwen3VLConfig, load_hf
-from models.qwen3_vl.attention import CAUSAL_BLOCK, Visibility, attention, causal_attention, paged_attention
+from models.qwen3_vl.attention import CAUSAL_BLOCK, causal_attention, dense_attention, paged_attention
 from models.qwen3_vl.cache import SharedPages, unshared_table
 from models.qwen3_vl.images import feature_indices, mrope_positions, pack_images
-from models.qwen3_vl.text import TextLayer
+from models.qwen3_vl.visibility import Visibility
 from sharding import make_mesh, shard_batch
 from tests.models.oracles import IMAGE, VISION_START, Batch, Oracle, Row, batch, oracle, row
 
@@ -245,7 +245,7 @@ def test_attention_to_a_cache(length):
         queries, KVCache(jnp.asarray(paged_keys), jnp.asarray(paged_values)), 1, table, index
     )
     np.testing.assert_allclose(found, expected, atol=1e-5)
-    found = attention(jnp.asarray(queries), keys, values, Visibility(query_index=jnp.asarray(index)))
+    found = dense_attention(jnp.asarray(queries), keys, values, Visibility(query_index=jnp.asarray(index)))
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
@@ -302,7 +302,7 @@ def test_causal_attention_leaves_out_what_no_query_sees():
 
     gradients = [
         jax.jit(jax.grad(functools.partial(learned, attend), argnums=(0, 1, 2)))(queries, keys, values)
-        for attend in (causal_attention, attention)
+        for attend in (causal_attention, dense_attention)
     ]
     for ours, whole_ in zip(*gradients, strict=True):
         np.testing.assert_allclose(ours, whole_, atol=1e-8, rtol=1e-4)
@@ -317,16 +317,23 @@ def test_bfloat16_is_near(pair):
     assert np.abs(near - exact).mean() < 0.05
 
 
-def test_eight_devices_are_one(pair):
+@pytest.mark.parametrize(
+    ("name", "kernel", "shard"),
+    [
+        ("biased, untied", ("gate", "kernel"), (3, 18, 26)),  # layers, embed / fsdp, mlp / tensor
+        # layers, experts / fsdp, embed, gate and up, mlp / tensor: nobody holds all experts of a layer
+        pytest.param("experts in all layers", ("experts", "gate_up"), (2, 4, 32, 2, 8), marks=pytest.mark.slow),
+    ],
+)
+def test_eight_devices_are_one(name, kernel, shard):
+    pair = oracle(name)
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     rows = [row(pair.config, [(1, 2)], seed=seed) for seed in range(4)]
     inputs = batch(pair.config, rows)
     expected = whole(*nnx.split(pair.model), inputs)
     model = load_hf(pair.directory, mesh, dtype=jnp.float32)
-    layers = model.decoder.layers
-    assert isinstance(layers, TextLayer)
-    gate = layers.gate.kernel[...]
-    assert gate.sharding.shard_shape(gate.shape) == (3, 18, 26)  # layers, embed / fsdp, mlp / tensor
+    values = dict(nnx.to_flat_state(nnx.state(model.decoder.layers)))[kernel][...]
+    assert values.sharding.shard_shape(values.shape) == shard
     graphdef, params = nnx.split(model)
     with jax.set_mesh(mesh):
         found = whole(graphdef, params, shard_batch(inputs, mesh))

@@ -2,18 +2,22 @@
 
 import json
 import shutil
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import transformers
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
 from models.qwen3_vl import CheckpointError, Qwen3VL, load_hf, save_hf
+from models.qwen3_vl.stored_layers import read_layer_by_layer
 from sharding import make_mesh
 from tests.models.oracles import CONFIGS, hf_inputs, oracle, row
 
@@ -96,6 +100,76 @@ def test_new_model_saves_without_a_base(tmp_path):
     table = hf.state_dict()["model.language_model.embed_tokens.weight"]
     assert table.dtype == torch.bfloat16
     np.testing.assert_array_equal(table.float().numpy(), np.asarray(model.embedding[...].astype(jnp.float32)))
+
+
+def as_on_the_hub(source: Path, target: Path) -> Path:
+    """A copy of a checkpoint, its experts stored [experts, inputs, outputs]."""
+    shutil.copytree(source, target)
+    tensors = load_file(target / FILE)
+    experts = {
+        name: np.ascontiguousarray(value.swapaxes(1, 2)) for name, value in tensors.items() if ".experts." in name
+    }
+    assert experts
+    save_file(tensors | experts, target / FILE, metadata={"format": "pt"})
+    return target
+
+
+@pytest.mark.parametrize("name", ["experts in all layers", "experts in some layers"])
+def test_both_layouts_of_experts_are_one_model(name, tmp_path):
+    """Also where the tensors into the experts are square, so that only those out of them tell which layout it is."""
+    pair = oracle(name)
+    hub = as_on_the_hub(Path(pair.directory), tmp_path / "hub")
+    model = load_hf(hub)
+    for ours, expected in zip(jax.tree.leaves(nnx.state(model)), jax.tree.leaves(nnx.state(pair.model)), strict=True):
+        np.testing.assert_array_equal(ours, expected)
+    save_hf(model, tmp_path / "saved", base=hub)
+    # The layout stays, but where transformers would take a square tensor for one of its own.
+    assert same(tmp_path / "saved", Path(pair.directory) if name == "experts in all layers" else hub)
+    inputs = hf_inputs(row(pair.config, [(1, 2)]))
+    with torch.no_grad():
+        found = loaded_by_transformers(tmp_path / "saved")(**inputs).logits
+        torch.testing.assert_close(found, pair.hf(**inputs).logits)
+
+
+def test_experts_stored_in_two_layouts_are_refused(tmp_path):
+    target = as_on_the_hub(Path(oracle("experts in all layers").directory), tmp_path / "mixed")
+    name = "model.language_model.layers.1.mlp.experts.down_proj"
+
+    def turn_back(tensors):
+        tensors[name] = np.ascontiguousarray(tensors[name].swapaxes(1, 2))
+
+    rewrite(target, turn_back)
+    with pytest.raises(
+        CheckpointError, match=r"layers\.0.*down_proj is stored as on the hub, .*layers\.1.*down_proj as by"
+    ):
+        load_hf(target)
+
+    def cut(tensors):
+        tensors[name] = np.ascontiguousarray(tensors[name][:, :, 1:])
+
+    rewrite(target, cut)
+    with pytest.raises(
+        CheckpointError, match=r"1 of the wrong shape: .*down_proj \[8, 32, 15\] instead of \[8, 16, 32\]"
+    ):
+        load_hf(target)
+
+
+def test_the_host_holds_one_layer_of_experts_at_a_time():
+    """They are most of a model, and one parameter."""
+    shape = (16, 8, 256, 256)
+    sharding = NamedSharding(make_mesh({"fsdp": 8}), PartitionSpec(None, "fsdp"))
+
+    def read(number: int, index: tuple[slice, ...]) -> np.ndarray:
+        return np.broadcast_to(np.float32(number), shape[1:])[index].copy()
+
+    tracemalloc.start()
+    stack = read_layer_by_layer(read, shape, np.dtype(np.float32), sharding)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert stack.sharding == sharding
+    np.testing.assert_array_equal(stack[:, 3, 2, 1], np.arange(16))
+    # A sixteenth, and the next one; all layers at once would be 1.
+    assert peak < 0.3 * stack.nbytes
 
 
 def test_names_of_older_versions(directory):
@@ -185,7 +259,7 @@ def test_nothing_half_written_stays(directory, tmp_path, monkeypatch):
     def full(*_args, **_kwargs):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("models.qwen3_vl.huggingface.save_file", full)
+    monkeypatch.setattr("models.qwen3_vl.shards.save_file", full)
     for target in (tmp_path / "new", directory):
         with pytest.raises(OSError, match="no space left"):
             save_hf(model, target, base=directory)

@@ -134,7 +134,8 @@ def test_gradients(pair):
 
     places = tensor_places(pair.config)
     dtypes = dict.fromkeys(places, np.dtype(np.float32))
-    found = dict(file_tensors(nnx.merge(graphdef, gradients(params)), places, dtypes))
+    tensor = file_tensors(nnx.merge(graphdef, gradients(params)), places, dtypes)
+    found = {name: np.asarray(tensor(name, True)) for name in places}
     pair.hf.zero_grad()
     logits = pair.hf(**hf_inputs(one)).logits[0]
     torch.log_softmax(logits, -1)[torch.arange(len(targets)), torch.tensor(targets).long()].mean().backward()

@@ -109,7 +109,8 @@ def test_messages_may_carry_their_images(processor, tmp_path):
         ([{"type": "image"}], [], "the messages have 1 image parts; 0 images came with them"),
         ("text", [picture(8, 8)], "the messages have 0 image parts; 1 images came with them"),
         ([{"type": "image"}], None, "an image part carries None; expected a path or a data URI"),
-        ([{"type": "video"}], [], "message part of type 'video'; expected 'text' or 'image'"),
+        ([{"type": "audio"}], [], "message part of type 'audio'; expected 'text', 'image' or 'video'"),
+        ([{"type": "video"}], [], "a video part carries 'None'; expected a path, a data URI or a list of frame images"),
         ([{"type": "image", "image": "gone.png"}], None, "'gone.png' can not be read"),
     ],
 )

@@ -20,6 +20,7 @@ from models.qwen3 import Qwen3, Qwen3Config
 from models.qwen3_vl import CheckpointError, KVCache
 from models.qwen3_vl.cache import unshared_table
 from models.qwen3_vl.decoding import decoding_layout
+from models.qwen3_vl.video import Video
 from tests.models.text_model import write_qwen3
 
 CORPUS = ("What is 3 + 4? <answer>7</answer>", "system user assistant")
@@ -121,7 +122,7 @@ def test_saved_it_loads_in_transformers_as_it_was(pair, tmp_path):
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"model_type": "llama"}, "model_type 'llama'; expected one of 'qwen3_vl', 'qwen3'"),
+        ({"model_type": "llama"}, "model_type 'llama'; expected one of 'qwen3_vl', 'qwen3_vl_moe', 'qwen3'"),
         ({"use_sliding_window": True}, "sliding windows; only full attention"),
         ({"rope_parameters": None, "rope_scaling": {"rope_type": "yarn"}}, "rotary scaling 'yarn'"),
         (
@@ -172,3 +173,14 @@ def test_an_image_is_refused_in_one_line(pair):
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
     with pytest.raises(ValueError, match="^an image came for a model that reads text only; expected text, or a Q"):
         processor.encode_messages(messages, [Image.new("RGB", (8, 8))])
+
+
+def test_a_video_is_refused_in_one_line(pair):
+    video = Video(source=(Image.new("RGB", (8, 8)),) * 2)
+    message = {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "Who?"}]}
+    processor = read_processor(pair.directory)
+    said = "^a video came for a model that reads text only; expected text, or a Qwen3-VL$"
+    with pytest.raises(ValueError, match=said):
+        processor.encode_messages([message], [], [video])
+    with pytest.raises(ValueError, match=said):
+        processor.user_turn(message, [], [video])

@@ -18,7 +18,7 @@ from sharding import MeshAxes, make_mesh
 )
 def test_one_size_may_be_what_is_left(axes, shape):
     mesh = make_mesh(axes)
-    assert tuple(mesh.shape.items()) == tuple(zip(("data", "fsdp", "tensor"), shape, strict=True))
+    assert tuple(mesh.shape.items()) == tuple(zip(("data", "fsdp", "tensor", "context"), (*shape, 1), strict=True))
     assert set(mesh.axis_types) == {AxisType.Auto}
 
 

@@ -66,8 +66,8 @@ def test_restores_bit_for_bit(tmp_path):
     again = Checkpointer(tmp_path / "checkpoints", keep=2, every=1)
     restored = again.restore_latest(abstract_state(params_of(seed=1), OPTIMIZER))
     assert restored is not None
-    step, found, data_state = restored
-    assert (step, data_state) == (1, {"next_index": 7, "epochs": [1, 2]})
+    step, found, data_states = restored
+    assert (step, data_states) == (1, [{"next_index": 7, "epochs": [1, 2]}])
     same_bits(found, state)
     same_bits(advance(found), advance(state))  # resumed = uninterrupted
     assert load_metadata(tmp_path) == {"name": "run"}
@@ -148,7 +148,7 @@ def test_half_written_checkpoints_do_not_count(tmp_path):
     again = Checkpointer(tmp_path, keep=3, every=1)
     restored = again.restore_latest(abstract_state(params_of(), OPTIMIZER))
     assert restored is not None
-    assert (restored[0], restored[2]) == (1, {"at": 1})
+    assert (restored[0], restored[2]) == (1, [{"at": 1}])
     assert again.save(2, state, {"at": 2}, {})
     again.close()
     assert not half.exists()

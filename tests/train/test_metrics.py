@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import sys
 import types
 from pathlib import Path
@@ -33,6 +34,19 @@ def test_a_line_is_there_as_soon_as_its_step_is(tmp_path: Path):
         assert read_metrics(tmp_path / "metrics.jsonl") == [
             {"step": 1, "loss/total": 0.5, "reward/correct": 1.0, "count": 1.0}
         ]
+
+
+def test_a_line_is_synced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A mounted bucket shows what was synced or closed: flushed lines alone would go with a killed run."""
+    path, synced = tmp_path / "metrics.jsonl", []
+
+    def sync(number: int) -> None:
+        if os.path.samestat(os.fstat(number), path.stat()):
+            synced.append([record["step"] for record in read_metrics(path)])
+
+    monkeypatch.setattr(os, "fsync", sync)
+    write_steps(tmp_path, range(1, 3))
+    assert synced == [[1], [1, 2]]
 
 
 def test_what_is_not_finite_becomes_null(tmp_path: Path):

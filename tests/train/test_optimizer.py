@@ -25,11 +25,16 @@ class Stack(nnx.Module):
         self.out = nnx.Param(normal(3, 2, 2, 4, 8), axes=("heads", "head_dim", "embed"))
         self.qkv = nnx.Param(normal(4, 2, 8, 3, 2, 4), axes=("vision_embed", None, "vision_heads", "head_dim"))
         self.qkv_bias = nnx.Param(normal(5, 2, 3, 2, 4), axes=(None, "vision_heads", "head_dim"))
+        self.experts_gate_up = nnx.Param(normal(8, 2, 3, 8, 2, 12), axes=("experts", "embed", None, "mlp"))
+        self.experts_down = nnx.Param(normal(9, 2, 3, 12, 8), axes=("experts", "mlp", "embed"))
+        self.router = nnx.Param(normal(10, 2, 8, 3), axes=("embed", "experts"))
         self.bias = nnx.Param(normal(6, 2, 12), axes=("mlp",))
         self.scale = nnx.Param(normal(7, 2, 8))
 
 
-MATRICES = {"up": (8, 12), "out": (8, 8), "qkv": (8, 8)}
+MATRICES = {"up": (8, 12), "out": (8, 8), "qkv": (8, 8), "router": (8, 3)}
+MATRICES |= {"experts_gate_up": (8, 12), "experts_down": (12, 8)}
+UNNAMED = {"qkv": 2, "experts_gate_up": 3}
 
 
 def params_of(dtype=jnp.float32) -> Any:
@@ -96,8 +101,8 @@ def test_muon_steps_each_layers_matrices_on_their_own():
     found = step(make_optimizer(config, 10, params), params, grads)
     for name, (rows, columns) in MATRICES.items():
         update, gradient = found[name], np.asarray(grads[name][...])
-        if name == "qkv":  # three matrices a layer, not one of width 24
-            update, gradient = np.moveaxis(update, 2, 1), np.moveaxis(gradient, 2, 1)
+        if name in UNNAMED:  # three matrices a layer, not one of width 24; two of each expert
+            update, gradient = (np.moveaxis(values, UNNAMED[name], 1) for values in (update, gradient))
         update, gradient = update.reshape(-1, rows, columns), gradient.reshape(-1, rows, columns)
         for matrix, layer in zip(update, gradient, strict=True):
             expected = -0.5 * np.sqrt(max(1.0, columns / rows)) * orthogonalised(layer)

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from safetensors.numpy import load_file
 
 from hdpo_jax.evaluate.convert import export_hf
 from tests.processes import run_job
-from tests.small_signs import write_small_signs
+from tests.train.conftest import Task
 from tests.updates import assert_learned_the_same
 
 pytestmark = [pytest.mark.slow, pytest.mark.requires_bwrap, pytest.mark.timeout(1800)]
@@ -62,24 +61,6 @@ def get_config():
         ),
     )
 """
-
-
-@dataclass(frozen=True)
-class Task:
-    model: Path
-    conversations: Path
-    prompts: Path
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory) -> Iterator[Task]:
-    directory = tmp_path_factory.mktemp("signs")
-    files = write_small_signs(directory, conversations=40, boards=24)
-    with pytest.MonkeyPatch.context() as environment:
-        # Runs are started again and again: what one has compiled is there for the next.
-        environment.setenv("JAX_COMPILATION_CACHE_DIR", str(directory / "compiled"))
-        environment.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-        yield Task(directory / "model", files.cold_start[0], files.train)
 
 
 def start(command: str, config: Path, largest_file: int = 0) -> subprocess.Popen:

@@ -1,0 +1,220 @@
+"""A run's programs, compiled for its slice and counted."""
+
+import logging
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from hdpo_jax.config import ConfigError, RLConfig
+from hdpo_jax.plan.hlo import Cost, Instruction, Module, dimensions
+from hdpo_jax.plan.programs import Program, Setting, learning_programs, rollout_programs
+from hdpo_jax.plan.topology import Chip, Topology
+from hdpo_jax.plan.workload import Need, Workload, attention_pairs
+from models.qwen3_vl import Qwen3VLConfig
+
+log = logging.getLogger(__name__)
+
+PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
+"""Matrix products of queries x keys x head size in each splash kernel."""
+HEAD_BLOCK = 256
+"""Tokens whose logits a device holds at a time (`models.logprobs`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """One program; all figures are of one chip."""
+
+    hbm_bytes: float
+    """Arguments, results that are not written over them, and temporaries."""
+    argument_bytes: float
+    temporary_bytes: float
+    flops: float
+    model_flops: float
+    bytes_moved: float
+    collectives: Mapping[str, float]
+    seconds: float
+    """At the roofline: the slowest of arithmetic, memory and links, as if the others cost nothing."""
+    compile_seconds: float
+    unknown_loops: tuple[str, ...]
+    """Loops that were counted once, for nothing says how often they run."""
+
+    @classmethod
+    def too_large(cls, needed: float) -> "Estimate":
+        """Of a program that was not compiled: only its temporaries are known, and nothing of what it does."""
+        return cls(
+            hbm_bytes=needed,
+            argument_bytes=0,
+            temporary_bytes=needed,
+            flops=0,
+            model_flops=0,
+            bytes_moved=0,
+            collectives={},
+            seconds=0,
+            compile_seconds=0,
+            unknown_loops=(),
+        )
+
+    @property
+    def collective_bytes(self) -> float:
+        return sum(self.collectives.values())
+
+
+class DoesNotFit(Exception):
+    """The compiler found no room; `needed` bytes of temporaries, as far as it says."""
+
+    def __init__(self, needed: float):
+        super().__init__(f"{needed / 2**30:.1f} GiB")
+        self.needed = needed
+
+
+def programs_of(setting: Setting) -> Mapping[str, Program]:
+    return {**rollout_programs(setting), **learning_programs(setting)}
+
+
+def estimate(name: str, program: Program, setting: Setting, topology: Topology) -> Estimate:
+    """Compiles one of `programs_of`. Raises DoesNotFit where it needs more memory than a chip has."""
+    started = time.perf_counter()
+    compiled = _compile(program, setting)
+    seconds = time.perf_counter() - started
+    workload = Workload.of(setting.config, setting.sizes)
+    cores = topology.chip.devices
+    module = Module(
+        compiled.as_text(),
+        trips=loop_trips(setting, workload),
+        kernels=splash_flops(setting, workload),
+    )
+    memory = compiled.memory_analysis()
+    arguments = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    cost = module.cost
+    return Estimate(
+        hbm_bytes=cores * (arguments + memory.temp_size_in_bytes),
+        argument_bytes=cores * arguments,
+        temporary_bytes=cores * memory.temp_size_in_bytes,
+        flops=cores * cost.flops,
+        model_flops=model_flops(name, setting, workload) / topology.chips,
+        bytes_moved=cores * cost.bytes,
+        collectives={kind: cores * sent for kind, sent in cost.collectives.items()},
+        seconds=roofline(cost, topology.chip),
+        compile_seconds=seconds,
+        unknown_loops=tuple(sorted(module.unknown_loops)),
+    )
+
+
+def _compile(program: Program, setting: Setting) -> Any:
+    with jax.set_mesh(setting.mesh):
+        lowered = program.function.lower(*program.arguments)
+        try:
+            return lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            needed = _asked(str(error))
+            log.debug("%s", error)
+            if needed is None:
+                raise
+            raise DoesNotFit(needed) from None
+
+
+def _asked(message: str) -> float | None:
+    """Bytes that a refusal of the compiler names."""
+    found = re.search(r"\((\d+(?:\.\d+)?)([KMGT])\) exceeds available HBM", message)
+    if "RESOURCE_EXHAUSTED" not in message or not found:
+        return None
+    return float(found[1]) * 1024.0 ** (1 + "KMGT".index(found[2]))
+
+
+def roofline(cost: Cost, chip: Chip) -> float:
+    """Seconds that a device needs at least."""
+    share = 1 / chip.devices
+    return max(
+        cost.flops / (chip.flops * share),
+        cost.bytes / (chip.hbm_bandwidth * share),
+        sum(cost.collectives.values()) / (chip.links * share),
+    )
+
+
+def loop_trips(setting: Setting, workload: Workload) -> Mapping[str, float]:
+    """How often the loops run that stop when the data says so, by the scope that the source gives them."""
+    config = setting.config
+    rollout, train = config.rollout, config.train
+    micro_batches = -(-train.max_rows // train.micro_batch_rows) / train.mini_batches
+    rows = train.micro_batch_rows / setting.shards("batch")
+    span = HEAD_BLOCK * setting.shards("tokens") / max(rows, 1)
+    own = workload.response / 2
+    return {
+        "micro_batches": micro_batches,
+        "vocabulary": -(-workload.response // span),
+        "steps": rollout.chunk,
+        "groups.*pages": -(-workload.prompt // rollout.page),
+        "groups": max(1.0, rollout.slots / setting.shards("slots") / 16),
+        "pages": -(-own // rollout.page),
+    }
+
+
+def splash_flops(setting: Setting, workload: Workload) -> Callable[[Instruction], float]:
+    """What a splash kernel computes, by its name and what it returns; rows are full, images of full size."""
+    text = setting.sizes.text
+    contexts = setting.shards("tokens")
+
+    def flops(kernel: Instruction) -> float:
+        phase = next((phase for phase in PRODUCTS if f"splash_mha_{phase}" in kernel.scope), None)
+        if phase is None:
+            return 0.0
+        shapes = [dimensions(shape) for shape in kernel.results if len(dimensions(shape)) == 3]
+        heads, tokens, size = max(shapes, key=lambda shape: shape[0] * shape[1] * shape[2])
+        if size == text.head_dim and tokens in (workload.tokens, workload.tokens // contexts):
+            pairs = attention_pairs(workload.tokens, workload.tokens, 1024, causal=True) / contexts
+        else:
+            queries = tokens / contexts if phase == "dkv" else tokens
+            pairs = queries * min(workload.image + 1024, tokens * contexts)
+        heads = (
+            heads
+            if phase != "dkv" or size != text.head_dim
+            else heads * (text.num_attention_heads // text.num_key_value_heads)
+        )
+        return 2.0 * PRODUCTS[phase] * heads * pairs * size
+
+    return flops
+
+
+def model_flops(name: str, setting: Setting, workload: Workload) -> float:
+    """What the model itself needs for what the program does, on all chips."""
+    config, need = setting.config, Need(setting.sizes)
+    if name == "decode":
+        tokens = config.rollout.slots * config.rollout.chunk
+        return need.tokens(tokens, workload.prompt + workload.response / 2) + need.logits(tokens)
+    if name in ("prefill", "append"):
+        rows, tokens, patches = setting.extension(name)
+        before = 0 if name == "prefill" else workload.prompt
+        seen = rows * need.tokens(tokens, before + tokens / 2)
+        return seen + rows * need.patches(patches, min(workload.image, patches or 1))
+    forward = workload.rows * (
+        need.tokens(workload.tokens, workload.tokens / 2)
+        + need.logits(workload.response)
+        + need.patches(config.train.row_patches, workload.image)
+    )
+    # Forward and backward; before an update, the old log-probs.
+    return forward * (4 if name == "update" else 3)
+
+
+def check(config: RLConfig) -> None:
+    """What a plan needs to be told."""
+    if not config.topology:
+        raise ConfigError("topology is not set; expected the slice that the run is for, as in --topology v5p:4x4x4")
+    if not config.train.max_rows:
+        raise ConfigError("train.max_rows is 0; expected the rows of a step, for which its programs are compiled")
+
+
+def sizes_of(config: RLConfig) -> Qwen3VLConfig:
+    """The model's sizes: those of its directory where it is here, else the published ones of `model.size`."""
+    from models.qwen3_vl import read_config
+    from models.qwen3_vl.sizes import published_config
+
+    if (Path(config.model.path) / "config.json").is_file():
+        return read_config(config.model.path)
+    if config.model.size:
+        return published_config(config.model.size)
+    raise ConfigError(f"model.path {config.model.path!r} is not here; expected model.size beside it, as in 8B")
