@@ -37,7 +37,7 @@ def _numbers(config: object, names: Iterable[str]) -> Iterator[tuple[str, float]
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     path: str
-    """A Qwen3-VL directory in HF format."""
+    """A Qwen3-VL or (text only) Qwen3 directory in HF format."""
     size: str = ""
     """The published size this is, as in 8B: `hdpo plan` takes it where the directory is not at hand."""
     dtype: Dtype = "bfloat16"

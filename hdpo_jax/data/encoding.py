@@ -9,8 +9,8 @@ from jaxtyping import Bool, Int
 from PIL import Image
 
 from hdpo_jax.tools.protocol import TOOL_CALL_END
+from models.policy import PolicyProcessor
 from models.qwen3_vl import EncodedImage
-from models.qwen3_vl.processing import Processor
 from models.qwen3_vl.video import Video
 
 
@@ -31,7 +31,7 @@ def encode_conversation(
     messages: Sequence[Mapping[str, Any]],
     images: Sequence[Image.Image],
     videos: Sequence[Video],
-    processor: Processor,
+    processor: PolicyProcessor,
 ) -> EncodedConversation:
     """Ids of a whole conversation: the prompt by the chat template, each later turn by extension.
 

@@ -11,7 +11,7 @@ from flax import nnx
 from hdpo_jax.algorithm.state import TrainState
 from hdpo_jax.config import Dtype, ModelConfig
 from hdpo_jax.train.checkpoint import Checkpointer, SavedRunError, base_directory, load_metadata, load_params
-from models.qwen3_vl import Qwen3VL, load_hf, read_config, save_hf
+from models.families import family_of, load_hf, read_config, save_hf
 from sharding import MeshAxes, make_mesh, param_shardings
 
 
@@ -39,10 +39,10 @@ def export_hf(checkpoint: Path, output: Path, dtype: Dtype | None = None) -> Non
     base's config, tokenizer and processor files. `dtype` of the tensors: by default what the base's config.json says.
     """
     base = Path(base_directory(checkpoint))
-    config = read_config(base)
+    config, kind = read_config(base), family_of(base).format.model
     param_dtype = jnp.dtype(load_metadata(checkpoint)["config"]["model"]["param_dtype"])
     mesh = make_mesh(MeshAxes())
-    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: Qwen3VL(config, rngs=nnx.Rngs(0), param_dtype=param_dtype)))
+    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0), param_dtype=param_dtype)))
     places = param_shardings(abstract, mesh)
     target = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), abstract, places

@@ -1,4 +1,4 @@
-"""`hdpo generate`: continue conversations with any Qwen3-VL directory, with or without tools."""
+"""`hdpo generate`: continue conversations with any model directory, with or without tools."""
 
 import contextlib
 import json
@@ -15,6 +15,7 @@ from hdpo_jax.tools.protocol import TOOL_CALL_END, parse_tool_call
 from hdpo_jax.tools.toolbox import ToolBox
 from hdpo_jax.train.policy import Policy, load_policy
 from hdpo_jax.types import Prompt, ToolCall, Trajectory
+from models.qwen3_vl.images import merge_side
 from sharding.mesh import MeshAxes
 
 SLOTS, ROWS = 16, 4
@@ -101,7 +102,7 @@ def _rollout_for(
     tokens, patches = (max(size) for size in zip(*sizes, strict=True))
     rows, length = min(ROWS, len(conversations)), min(MAX_PIECE, power_of_two(tokens))
     # What tools show is bounded by the response's tokens, which four patches each are merged into.
-    shown = policy.model.config.vision.spatial_merge_size**2 * max_new_tokens if with_tools else 0
+    shown = merge_side(policy.model.config) ** 2 * max_new_tokens if with_tools else 0
     return RolloutConfig(
         slots=min(SLOTS, len(conversations)),
         capacity=tokens + max_new_tokens,

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from models.policy import PolicyProcessor
 from models.qwen3_vl.pixels import load_image
-from models.qwen3_vl.processing import EncodedPrompt, Processor
+from models.qwen3_vl.processing import EncodedPrompt
 from models.qwen3_vl.sources import read_file
 from models.qwen3_vl.video import Video
 
@@ -53,7 +54,9 @@ def read_conversations(path: Path | str) -> list[GivenMessages]:
     return conversations
 
 
-def encode_given(processor: Processor, given: GivenMessages, *, add_generation_prompt: bool = True) -> EncodedPrompt:
+def encode_given(
+    processor: PolicyProcessor, given: GivenMessages, *, add_generation_prompt: bool = True
+) -> EncodedPrompt:
     """One conversation as the model gets it. Raises MessagesError that names its place."""
     try:
         images = [load_image(image) for image in given.images]

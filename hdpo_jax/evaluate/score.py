@@ -17,10 +17,12 @@ from hdpo_jax.config import Dtype, ModelConfig
 from hdpo_jax.evaluate.messages import encode_given, power_of_two, read_conversations
 from hdpo_jax.files import replacing
 from hdpo_jax.train.policy import load_policy
+from models.families import read_processor
 from models.logprobs import token_logprobs
-from models.qwen3_vl import PackedImages, Qwen3VLConfig
+from models.policy import PolicyConfig
+from models.qwen3_vl import PackedImages
 from models.qwen3_vl.images import feature_indices, mrope_positions, pack_images, placeholder_ids
-from models.qwen3_vl.processing import EncodedPrompt, Processor
+from models.qwen3_vl.processing import EncodedPrompt
 from sharding import MeshAxes, shard_batch
 
 ROWS = 8
@@ -54,7 +56,7 @@ def score_file(
     MessagesError, which names the line, for what is no conversation or does not fit the model's template.
     """
     conversations = read_conversations(messages)
-    processor = Processor.from_hf(model)
+    processor = read_processor(model)
     policy = load_policy(ModelConfig(path=str(model), dtype=dtype, param_dtype=dtype), MeshAxes())
     rows = min(ROWS, len(conversations))
     # One at a time: the patches of all images of a file may not fit the host's memory.
@@ -89,7 +91,7 @@ def next_logprobs(graphdef: nnx.GraphDef, params: nnx.State, rows: ScoreRows) ->
 
 
 def pack_rows(
-    config: Qwen3VLConfig, prompts: Sequence[EncodedPrompt], *, rows: int, tokens: int, patches: int
+    config: PolicyConfig, prompts: Sequence[EncodedPrompt], *, rows: int, tokens: int, patches: int
 ) -> ScoreRows:
     """One prompt a row, in NumPy arrays of the given static sizes; 0 patches: rows without images."""
     packed = ScoreRows(

@@ -27,8 +27,8 @@ from hdpo_jax.rollout.strands import Strand
 from hdpo_jax.tools.protocol import parse_tool_call
 from hdpo_jax.tools.toolbox import Session, ToolBox
 from hdpo_jax.types import Observation, Prompt, StopReason, ToolCall, Trajectory, Turn
+from models.policy import PolicyProcessor
 from models.qwen3_vl import EncodedImage
-from models.qwen3_vl.processing import Processor
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class Rollout:
     def __init__(
         self,
         scheduler: Scheduler,
-        processor: Processor,
+        processor: PolicyProcessor,
         toolbox: ToolBox | None,
         *,
         agent: AgentConfig,

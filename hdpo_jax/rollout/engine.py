@@ -24,7 +24,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hdpo_jax.config import RolloutConfig
 from hdpo_jax.rollout.sampling import sample
-from models.qwen3_vl import KVCache, PackedImages, Qwen3VL, SharedPages, decoding_layout
+from models.policy import PolicyModel
+from models.qwen3_vl import KVCache, PackedImages, SharedPages, decoding_layout
 from sharding.rules import constrain
 
 
@@ -113,7 +114,7 @@ def trajectory_key(seed: int, identity: Int[Array, " 3"]) -> Array:
 
 
 def make_programs(
-    model: Qwen3VL,
+    model: PolicyModel,
     config: RolloutConfig,
     *,
     platform: str,

@@ -14,8 +14,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
 from hdpo_jax.types import PackedRows, Trajectory
-from models.qwen3_vl import EncodedImage, Qwen3VLConfig
-from models.qwen3_vl.images import mrope_positions, pack_images, placeholder_ids
+from models.policy import PolicyConfig
+from models.qwen3_vl import EncodedImage
+from models.qwen3_vl.images import merge_side, mrope_positions, pack_images, placeholder_ids
 
 
 class PackingError(ValueError):
@@ -67,7 +68,7 @@ class RowShape(NamedTuple):
     patches: int
 
 
-def group_family(group: Sequence[Trajectory], first_rollout: int, config: Qwen3VLConfig) -> Family:
+def group_family(group: Sequence[Trajectory], first_rollout: int, config: PolicyConfig) -> Family:
     """A group's rollouts as segments behind their prompt. `first_rollout` is the flat index of sample 0."""
     lead = group[0]
     last = lead.prompt_length - 1
@@ -106,7 +107,7 @@ def conversation_family(
     token_ids: Int[np.ndarray, " tokens"],
     learned: Bool[np.ndarray, " tokens"],
     images: Sequence[EncodedImage],
-    config: Qwen3VLConfig,
+    config: PolicyConfig,
 ) -> Family:
     """One conversation as a segment of its own; `learned` marks the tokens whose prediction counts."""
     positions, _ = mrope_positions(token_ids, [image.grid for image in images], config)
@@ -171,7 +172,7 @@ def fill_rows(
     rows: Sequence[Sequence[tuple[Segment | None, list[Segment]]]],
     count: int,
     shape: RowShape,
-    config: Qwen3VLConfig,
+    config: PolicyConfig,
     *,
     patch_dtype: DTypeLike = np.float32,
 ) -> PackedRows:
@@ -183,7 +184,7 @@ def fill_rows(
     logprobs, sampled_logprobs = np.zeros(size, np.float32), np.zeros(size, np.float32)
     feature_index = np.full(size, -1, np.int32)
     images: list[list[EncodedImage]] = [[] for _ in range(count)]
-    merge = config.vision.spatial_merge_size**2
+    merge = merge_side(config) ** 2
 
     for r, families in enumerate(rows):
         cursor, number, features = 0, 0, 0
@@ -209,7 +210,8 @@ def fill_rows(
                     images[r].extend(segment.images)
                 cursor += segment.tokens
 
-    packed = pack_images(config, images, feature_index, shape.patches, dtype=patch_dtype) if shape.patches else None
+    with_images = shape.patches and config.vision
+    packed = pack_images(config, images, feature_index, shape.patches, dtype=patch_dtype) if with_images else None
     # Programs take NumPy arrays as they take JAX's, which is what the record declares.
     policy: list[Any] = [targets, loss_mask, rollout, logprobs, sampled_logprobs]
     arrays: list[Any] = [token_ids, positions, segment_ids, prefix_ids, *policy, packed]

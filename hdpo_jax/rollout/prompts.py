@@ -11,9 +11,10 @@ from jaxtyping import Int
 from hdpo_jax.config import RolloutConfig
 from hdpo_jax.data.kept import Kept
 from hdpo_jax.types import Prompt
+from models.policy import PolicyProcessor
 from models.qwen3_vl import EncodedImage
 from models.qwen3_vl.images import mrope_positions
-from models.qwen3_vl.processing import Processor, load_image
+from models.qwen3_vl.processing import load_image
 
 ENCODERS = 2
 """Threads that encode prompts ahead of their turn."""
@@ -42,7 +43,7 @@ class Question:
 class PromptEncoder:
     """Prompts -> questions. Those already encoded are kept, by id, while they fit `cache_mb` of host memory."""
 
-    def __init__(self, processor: Processor, config: RolloutConfig, *, cache_mb: int = 0):
+    def __init__(self, processor: PolicyProcessor, config: RolloutConfig, *, cache_mb: int = 0):
         self._processor = processor
         self._config = config
         self._kept: Kept[Question] = Kept(cache_mb)

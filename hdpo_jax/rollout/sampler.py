@@ -19,8 +19,8 @@ from hdpo_jax.rollout.scheduler import Round, Scheduler
 from hdpo_jax.rollout.stats import RolloutStats
 from hdpo_jax.tools.toolbox import ToolBox
 from hdpo_jax.types import Prompt, Trajectory
-from models.qwen3_vl import KVCache, Qwen3VL
-from models.qwen3_vl.processing import Processor
+from models.policy import PolicyModel, PolicyProcessor
+from models.qwen3_vl import KVCache
 from sharding.multihost import local_rows
 
 
@@ -34,8 +34,8 @@ class Sampler:
 
     def __init__(
         self,
-        model: Qwen3VL,
-        processor: Processor,
+        model: PolicyModel,
+        processor: PolicyProcessor,
         toolbox: ToolBox | None,
         *,
         mesh: Mesh,

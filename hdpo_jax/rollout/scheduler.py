@@ -15,7 +15,8 @@ from hdpo_jax.rollout.engine import Chunk, Copies, Extension, Running
 from hdpo_jax.rollout.pages import PagePool
 from hdpo_jax.rollout.stats import RolloutStats
 from hdpo_jax.rollout.strands import Piece, Strand
-from models.qwen3_vl import Qwen3VLConfig, SharedPages
+from models.policy import PolicyConfig
+from models.qwen3_vl import SharedPages
 from models.qwen3_vl.images import pack_images
 
 SHARERS = 4
@@ -110,7 +111,7 @@ class _Lane:
 class Scheduler:
     """Strands in slots, pages and batches. Lanes share nothing: each has its slots and its pages."""
 
-    def __init__(self, config: RolloutConfig, model: Qwen3VLConfig, *, lanes: int, recent: int):
+    def __init__(self, config: RolloutConfig, model: PolicyConfig, *, lanes: int, recent: int):
         self._config = config
         self._model = model
         self._recent = recent
@@ -266,7 +267,7 @@ class Scheduler:
                 start[row] = piece.begin
                 table[row, : len(strand.pages)] = strand.pages
                 self._computed(self._lanes[number], strand, piece)
-        packed = pack_images(self._model, images, feature_index, patches) if patches else None
+        packed = pack_images(self._model, images, feature_index, patches) if patches and self._model.vision else None
         arrays: list[Any] = [table, token_ids, positions, start, packed]
         return Extension(*arrays)
 

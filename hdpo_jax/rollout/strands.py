@@ -8,7 +8,8 @@ import numpy as np
 from jaxtyping import Int
 
 from hdpo_jax.rollout.prompts import Question
-from models.qwen3_vl import EncodedImage, Qwen3VLConfig
+from models.policy import PolicyConfig
+from models.qwen3_vl import EncodedImage
 from models.qwen3_vl.images import feature_indices, mrope_positions, placeholder_ids
 
 Shape = tuple[int, int, int]
@@ -85,7 +86,7 @@ class Strand:
     def patches(self) -> int:
         return sum(len(image.patches) for image in self.images)
 
-    def append(self, ids: Int[np.ndarray, " tokens"], images: list[EncodedImage], config: Qwen3VLConfig) -> None:
+    def append(self, ids: Int[np.ndarray, " tokens"], images: list[EncodedImage], config: PolicyConfig) -> None:
         """Tokens that were not sampled, their images along: an observation."""
         self.token_ids.extend(ids.tolist())
         self.images.extend(images)
@@ -98,7 +99,7 @@ class Strand:
         """Nothing of it is in the cache any more."""
         self.pages, self.cached = [], 0
 
-    def next_piece(self, shapes: Sequence[Shape], config: Qwen3VLConfig) -> Piece:
+    def next_piece(self, shapes: Sequence[Shape], config: PolicyConfig) -> Piece:
         """As much of what is missing as a static shape holds, in the first that holds it all, or else the most of it.
 
         A piece brings every image of which it holds a token, so one that falls between two pieces is seen by both.
@@ -113,7 +114,7 @@ class Strand:
         assert best.end > begin, "an image has more patches than any static shape"  # refused when it was encoded
         return best
 
-    def inputs(self, piece: Piece, config: Qwen3VLConfig) -> "PieceInputs":
+    def inputs(self, piece: Piece, config: PolicyConfig) -> "PieceInputs":
         """What the model gets of a piece; features are numbered through the images that come with it."""
         at = slice(piece.begin, piece.end)
         spans = self._image_spans(config)
@@ -132,7 +133,7 @@ class Strand:
         missing = np.arange(len(self.positions), self.length, dtype=np.int32)[:, None] + self.offset
         return np.concatenate([self.positions, np.repeat(missing, 3, axis=1)])
 
-    def _image_spans(self, config: Qwen3VLConfig) -> list[tuple[int, int, int]]:
+    def _image_spans(self, config: PolicyConfig) -> list[tuple[int, int, int]]:
         """First and last placeholder (exclusive) of each image, and its patches."""
         if self._spans is None:
             places = np.flatnonzero(np.isin(self.token_ids, placeholder_ids(config))) if self.images else []

@@ -12,7 +12,7 @@ from jaxtyping import Int
 from hdpo_jax.config import ConfigError, TrainConfig
 from hdpo_jax.rollout.packing import Family, RowShape, assign_rows, fill_rows
 from hdpo_jax.types import PackedRows
-from models.qwen3_vl import Qwen3VLConfig
+from models.policy import PolicyConfig
 from sharding.multihost import agree, together
 
 log = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ class RowBatcher:
     """
 
     def __init__(
-        self, train: TrainConfig, model: Qwen3VLConfig, *, fixed: bool = False, patch_dtype: DTypeLike = np.float32
+        self, train: TrainConfig, model: PolicyConfig, *, fixed: bool = False, patch_dtype: DTypeLike = np.float32
     ):
         """`fixed`: called from inside a program, where nothing grows and no process can ask another."""
         processes = jax.process_count()

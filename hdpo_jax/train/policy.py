@@ -14,8 +14,8 @@ from hdpo_jax.config import AgentConfig, ConfigError, ModelConfig, RolloutConfig
 from hdpo_jax.rollout.prompts import PromptEncoder
 from hdpo_jax.rollout.sampler import Sampler
 from hdpo_jax.tools.toolbox import ToolBox
-from models.qwen3_vl import Qwen3VL, load_hf
-from models.qwen3_vl.processing import Processor
+from models.families import load_hf, read_processor
+from models.policy import PolicyModel, PolicyProcessor
 from sharding import multihost
 from sharding.mesh import MeshAxes, make_mesh
 
@@ -24,11 +24,11 @@ from sharding.mesh import MeshAxes, make_mesh
 class Policy:
     """What every program of a run is made from."""
 
-    model: Qwen3VL
+    model: PolicyModel
     """Structure and settings; programs take their parameters apart from it."""
     graphdef: nnx.GraphDef
     params: nnx.State
-    processor: Processor
+    processor: PolicyProcessor
     mesh: Mesh
 
     def sampler(
@@ -72,7 +72,7 @@ def load_policy(
     else:
         require_one_process()
     mesh = make_mesh(axes, devices)
-    processor = Processor.from_hf(config.path)
+    processor = read_processor(config.path)
     model = load_hf(
         Path(config.path),
         mesh=mesh,

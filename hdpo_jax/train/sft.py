@@ -17,7 +17,8 @@ from hdpo_jax.train.batching import RowBatcher
 from hdpo_jax.train.loop import RunResult, host_batches, train
 from hdpo_jax.train.optimizer import make_optimizer
 from hdpo_jax.train.policy import load_policy
-from models.qwen3_vl.processing import Processor, load_image
+from models.policy import PolicyProcessor
+from models.qwen3_vl.processing import load_image
 from sharding.multihost import agree, together
 from sharding.rules import shard_batch
 
@@ -27,7 +28,7 @@ FIGURES = {"loss/total": "loss", "optimizer/grad_norm": "grad norm"}
 class ConversationEncoder:
     """Conversations -> segments to pack. Those already encoded are kept while they fit `cache_mb` of host memory."""
 
-    def __init__(self, processor: Processor, row: RowShape, cache_mb: int):
+    def __init__(self, processor: PolicyProcessor, row: RowShape, cache_mb: int):
         self._processor = processor
         self._row = row
         self._kept: Kept[EncodedConversation] = Kept(cache_mb)

@@ -8,7 +8,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from models.qwen3_vl.config import Qwen3VLConfig
+from models.policy import PolicyConfig
 from sharding import constrain
 
 
@@ -28,7 +28,7 @@ class KVCache(NamedTuple):
 
     @classmethod
     def zeros(
-        cls, config: Qwen3VLConfig, *, pages: int, page: int, lanes: int = 1, dtype: DTypeLike = jnp.bfloat16
+        cls, config: PolicyConfig, *, pages: int, page: int, lanes: int = 1, dtype: DTypeLike = jnp.bfloat16
     ) -> "KVCache":
         """An empty cache of `pages` pages a lane, page 0 included, for `page` tokens each."""
         text = config.text

@@ -10,6 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from models.policy import PolicyModel
 from models.qwen3_vl.layers import LayerT, Linear, by_columns
 from models.qwen3_vl.model import Qwen3VL
 from models.qwen3_vl.runs import layers_apart
@@ -21,7 +22,7 @@ time with 8 rows, 0.74 with 16, 0.68 to 0.86 with 32, 0.96 to 1.03 with 64 and 1
 
 
 def decoding_layout(
-    model: Qwen3VL, *, platform: str, rows: int, gathered: bool = False
+    model: PolicyModel, *, platform: str, rows: int, gathered: bool = False
 ) -> tuple[nnx.GraphDef, Callable[[nnx.State], nnx.State]]:
     """The structure that decodes `rows` rows a device best, and what makes its parameters of the model's.
 
@@ -29,11 +30,11 @@ def decoding_layout(
     compilers take parameters from where they lie, and accelerators may have no room for a copy of them. `gathered`
     makes that copy: what is split over fsdp and context is held whole, so that no step gathers it anew.
     """
-    graphdef, params = nnx.split(model)
     if gathered:
-        return graphdef, jax.jit(partial(_gathered, dtype=model.dtype))
-    if platform != "cpu" or rows > FEW_ROWS:
-        return graphdef, lambda params: params
+        return nnx.split(model)[0], jax.jit(partial(_gathered, dtype=model.dtype))
+    if platform != "cpu" or rows > FEW_ROWS or not isinstance(model, Qwen3VL):
+        return nnx.split(model)[0], lambda params: params
+    graphdef, params = nnx.split(model)
 
     def of_params(params: nnx.State) -> Qwen3VL:
         return laid_out(nnx.merge(graphdef, params))

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from flax import nnx
 from jax.sharding import Mesh, Sharding
 from jax.typing import DTypeLike
 
+from models.policy import PolicyConfig
 from models.qwen3_vl.attention import kernel_for
 from models.qwen3_vl.config import Qwen3VLConfig
 from models.qwen3_vl.layers import Remat
@@ -41,6 +42,7 @@ from sharding.multihost import gather, is_lead, together
 
 WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
 StatePath = tuple[str | int, ...]
+ValueT = TypeVar("ValueT")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,11 +61,27 @@ class TensorPlace:
     """Such a matrix for each expert, on a leading dimension."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class CheckpointFormat:
+    """What differs between the files of one architecture and another's with the same decoder."""
+
+    config: Any
+    """The class of its config, which has `from_hf`."""
+    model: Any
+    """The class of the model."""
+    text: str
+    """What the names of the decoder's tensors begin with."""
+
+
+CANONICAL_TEXT = "model.language_model."
+QWEN3_VL = CheckpointFormat(config=Qwen3VLConfig, model=Qwen3VL, text=CANONICAL_TEXT)
+
+
 # -- names --------------------------------------------------------------------------------------------------------
 
 
-def tensor_places(config: Qwen3VLConfig, experts: ExpertLayout = "transformers") -> dict[str, TensorPlace]:
-    """Every tensor of a checkpoint by its name, and where it belongs; `experts`: how a MoE's are stored."""
+def tensor_places(config: PolicyConfig, experts: ExpertLayout = "transformers") -> dict[str, TensorPlace]:
+    """Every tensor of a checkpoint by its name (`_canonical`), and its place; `experts`: how a MoE's are stored."""
     places: dict[str, TensorPlace] = {}
 
     def add(name: str, path: StatePath, shape: tuple[int, ...], *, layer: int | None = None, transposed: bool = False):
@@ -115,6 +133,8 @@ def tensor_places(config: Qwen3VLConfig, experts: ExpertLayout = "transformers")
         ):
             add(f"{name}.{theirs}.weight", (*path, ours, "scale"), (length,), layer=layer)
 
+    if vision is None:
+        return places
     width = vision.hidden_size
     kernel = (vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size)
     patch = ("vision", "patch_embedding")
@@ -150,6 +170,15 @@ def _canonical(name: str) -> str:
     return name
 
 
+def _as_stored(of_tensors: Mapping[str, ValueT], form: CheckpointFormat) -> dict[str, ValueT]:
+    """With each tensor under the name that it has in the files."""
+
+    def stored(name: str) -> str:
+        return form.text + name.removeprefix(CANONICAL_TEXT) if name.startswith(CANONICAL_TEXT) else name
+
+    return {stored(name): value for name, value in of_tensors.items()}
+
+
 # -- load ---------------------------------------------------------------------------------------------------------
 
 
@@ -173,12 +202,12 @@ def _check(stored: Mapping[str, StoredTensor], places: Mapping[str, TensorPlace]
         raise CheckpointError(f"{directory}: tensors do not match config.json; {'; '.join(found)}")
 
 
-def read_config(directory: str | os.PathLike[str]) -> Qwen3VLConfig:
+def read_config(directory: str | os.PathLike[str], form: CheckpointFormat = QWEN3_VL) -> Any:
     """The config.json of a checkpoint directory."""
     file = Path(directory) / "config.json"
     raw = read_json(file)
     try:
-        return Qwen3VLConfig.from_hf(raw)
+        return form.config.from_hf(raw)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{file}: {error}") from None
 
@@ -190,6 +219,7 @@ def load_hf(
     dtype: DTypeLike = jnp.bfloat16,
     param_dtype: DTypeLike = jnp.float32,
     remat: Remat = "full",
+    form: CheckpointFormat = QWEN3_VL,
 ) -> Qwen3VL:
     """The model of a Hugging Face directory, its parameters sharded over `mesh` (None: on the default device).
 
@@ -197,21 +227,20 @@ def load_hf(
     or of another shape than config.json says.
     """
     directory = Path(directory)
-    config = read_config(directory)
+    config = read_config(directory, form)
     stored = stored_tensors(directory, _canonical)
     places = tensor_places(config, expert_layout(config.text, stored) or "transformers")
     if config.tie_word_embeddings:
         # Some files hold the tied matrix twice.
         stored.pop("lm_head.weight", None)
-    _check(stored, places, directory)
+    _check(_as_stored(stored, form), _as_stored(places, form), directory)
     sources: dict[StatePath, list[tuple[TensorPlace, StoredTensor]]] = {}
     for name, place in places.items():
         sources.setdefault(place.path, []).append((place, stored[name]))
 
     def build() -> Qwen3VL:
-        return Qwen3VL(
-            config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=param_dtype, remat=remat, kernel=kernel_for(platform)
-        )
+        kernel = kernel_for(platform)
+        return form.model(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=param_dtype, remat=remat, kernel=kernel)
 
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     graphdef, abstract = nnx.split(nnx.eval_shape(build))
@@ -276,6 +305,7 @@ def save_hf(
     *,
     dtype: DTypeLike | None = None,
     max_shard_bytes: int = 5 * 10**9,
+    form: CheckpointFormat = QWEN3_VL,
 ) -> None:
     """Writes the model as a Hugging Face directory that transformers loads as it is.
 
@@ -289,7 +319,7 @@ def save_hf(
     config = model.config.to_hf()
     stored: dict[str, StoredTensor] = {}
     if base is not None:
-        if read_config(base) != model.config:
+        if read_config(base, form) != model.config:
             raise CheckpointError(f"{base} describes a model of other sizes than the one to be saved")
         config = read_json(Path(base) / "config.json")
         # A base may be a tokenizer and a config only, where a model was trained from scratch.
@@ -300,6 +330,7 @@ def save_hf(
         raise CheckpointError(f"{directory} is there and is no model directory; choose another place to save to")
     dtypes = {name: np.dtype(dtype) if dtype else _stored_dtype(stored, name, model) for name in places}
     _set_dtype(config, dtypes["model.language_model.embed_tokens.weight"])
+    places, dtypes = _as_stored(places, form), _as_stored(dtypes, form)
 
     sizes = {name: math.prod(place.shape) * dtypes[name].itemsize for name, place in places.items()}
     with _written_beside(directory) as partial:

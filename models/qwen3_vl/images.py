@@ -13,7 +13,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from models.qwen3_vl.config import Qwen3VLConfig
+from models.policy import PolicyConfig
 
 Grid = tuple[int, int, int]
 
@@ -31,9 +31,14 @@ class EncodedImage:
         if len(self.patches) != self.grid[0] * self.grid[1] * self.grid[2]:
             raise ValueError(f"an image of grid {self.grid} came with {len(self.patches)} patches")
 
-    def tokens(self, config: Qwen3VLConfig) -> int:
+    def tokens(self, config: PolicyConfig) -> int:
         """Placeholder tokens that the image takes in the text."""
-        return len(self.patches) // config.vision.spatial_merge_size**2
+        return len(self.patches) // merge_side(config) ** 2
+
+
+def merge_side(config: PolicyConfig) -> int:
+    """Patches on a side of the blocks that features join; 1 where there are none."""
+    return 1 if config.vision is None else config.vision.spatial_merge_size
 
 
 class PackedImages(NamedTuple):
@@ -53,7 +58,7 @@ class PackedImages(NamedTuple):
 
 
 def pack_images(
-    config: Qwen3VLConfig,
+    config: PolicyConfig,
     rows: Sequence[Sequence[EncodedImage]],
     feature_index: Int[np.ndarray, "rows tokens"],
     patches: int,
@@ -66,6 +71,8 @@ def pack_images(
     Raises ValueError where a row's images do not fit, and where `patches` would split a merge block.
     """
     vision = config.vision
+    if vision is None:
+        raise ValueError("images are to be packed for a model that reads text only; expected rows without")
     if patches % vision.spatial_merge_size**2:
         raise ValueError(f"room for {patches} patches a row is not a multiple of {vision.spatial_merge_size**2}")
     if len(rows) != len(feature_index):
@@ -101,13 +108,13 @@ def feature_indices(token_ids: Int[np.ndarray, " tokens"], *placeholder_ids: int
     return np.where(is_placeholder, np.cumsum(is_placeholder) - 1, -1).astype(np.int32)
 
 
-def placeholder_ids(config: Qwen3VLConfig) -> tuple[int, int]:
+def placeholder_ids(config: PolicyConfig) -> tuple[int, int]:
     """The tokens in whose places features stand, of images and of videos."""
     return config.image_token_id, config.video_token_id
 
 
 def mrope_positions(
-    token_ids: Int[np.ndarray, " tokens"], grids: Sequence[Grid], config: Qwen3VLConfig, start: int = 0
+    token_ids: Int[np.ndarray, " tokens"], grids: Sequence[Grid], config: PolicyConfig, start: int = 0
 ) -> tuple[Int[np.ndarray, "tokens 3"], int]:
     """M-RoPE positions (time, row, column) of each token, and the position of the token that would come next.
 
@@ -116,7 +123,7 @@ def mrope_positions(
     A video is given as its frames, each a grid of its own, as the text puts a time mark before each of them.
     Raises ValueError where the placeholder tokens and the grids do not match.
     """
-    merge = config.vision.spatial_merge_size
+    merge = merge_side(config)
     token_ids = np.asarray(token_ids)
     placeholders = np.flatnonzero(np.isin(token_ids, placeholder_ids(config)))
     sizes = [frames * (height // merge) * (width // merge) for frames, height, width in grids]

@@ -14,10 +14,17 @@ from jaxtyping import Bool, Int
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
+from models.policy import PolicyConfig
 from models.qwen3_vl.config import Qwen3VLConfig
 from models.qwen3_vl.images import EncodedImage, placeholder_ids
 from models.qwen3_vl.pixels import ImageSettings, PatchSettings, encode_image, load_image
-from models.qwen3_vl.processor_files import read_image_settings, read_json, read_tokenizer, read_video_settings
+from models.qwen3_vl.processor_files import (
+    read_image_settings,
+    read_json,
+    read_stop_ids,
+    read_tokenizer,
+    read_video_settings,
+)
 from models.qwen3_vl.video import EncodedVideo, Video, VideoSettings, encode_video
 
 __all__ = ["EncodedPrompt", "Message", "Processor", "load_image"]
@@ -75,12 +82,16 @@ class Processor:
         video_settings: VideoSettings,
         stop_ids: Iterable[int] = (),
     ):
-        self.config = config
-        self.tokenizer = tokenizer
         self.image_settings = image_settings
         self.video_settings = video_settings
         _check_sizes(config, image_settings, "preprocessor_config.json")
         _check_sizes(config, video_settings, "video_preprocessor_config.json")
+        self._take(config, tokenizer, stop_ids)
+
+    def _take(self, config: PolicyConfig, tokenizer: PreTrainedTokenizerFast, stop_ids: Iterable[int]) -> None:
+        """What text needs."""
+        self.config = config
+        self.tokenizer = tokenizer
         # Two encoders of their own: transformers switches one shared object back and forth, which threads would see.
         self._control = copy.deepcopy(tokenizer.backend_tokenizer)
         self._control.encode_special_tokens = False
@@ -101,6 +112,10 @@ class Processor:
         """The same where the policy itself sampled the end-of-turn token."""
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys([closing[0], *stop_ids]))
         """Tokens that end a trajectory's turn; the first is the one the chat template closes a turn with."""
+        self.tool_call_end: tuple[int, ...] = tuple(self._plain.encode("</tool_call>", add_special_tokens=False).ids)
+        """The tokens of `</tool_call>`: one where the tokenizer knows it, as Qwen's do, else several."""
+        self.forbidden: Bool[np.ndarray, " vocabulary"] = self._forbidden()
+        """Ids that may never be sampled: vision placeholders, and ids of the model that the tokenizer does not know."""
 
     def __reduce__(self):
         # Made anew where it is unpickled (data workers, deep copies): a pickled encoder forgets which of the two it is.
@@ -112,34 +127,14 @@ class Processor:
         """From a directory in HF format. Raises ValueError, one line, that names the file that is missing or wrong."""
         directory = Path(directory)
         config = Qwen3VLConfig.from_hf(read_json(directory, "config.json"))
-        generation = read_json(directory, "generation_config.json", {})
         tokenizer = read_tokenizer(directory)
-        ends = generation.get("eos_token_id")
-        stop_ids = [*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]
         return cls(
             config=config,
             tokenizer=tokenizer,
             image_settings=read_image_settings(directory),
             video_settings=read_video_settings(directory),
-            stop_ids=[number for number in stop_ids if number is not None],
+            stop_ids=read_stop_ids(directory, tokenizer),
         )
-
-    # Tokens with a meaning of their own
-
-    @functools.cached_property
-    def tool_call_end(self) -> tuple[int, ...]:
-        """The tokens of `</tool_call>`: one where the tokenizer knows it, as Qwen's do, else several."""
-        return tuple(self._plain.encode("</tool_call>", add_special_tokens=False).ids)
-
-    @functools.cached_property
-    def forbidden(self) -> Bool[np.ndarray, " vocabulary"]:
-        """Ids that may never be sampled: vision placeholders, and ids of the model that the tokenizer does not know."""
-        mask = np.ones(self.config.text.vocab_size, bool)
-        known = np.fromiter(self._control.get_vocab(with_added_tokens=True).values(), np.int64)
-        mask[known[known < len(mask)]] = False
-        config = self.config
-        mask[[*placeholder_ids(config), config.vision_start_token_id, config.vision_end_token_id]] = True
-        return mask
 
     # Encoding
 
@@ -214,6 +209,23 @@ class Processor:
         return self._control.decode(numbers, skip_special_tokens=False)
 
     # Inside
+
+    def _forbidden(self) -> Bool[np.ndarray, " vocabulary"]:
+        mask = np.ones(self.config.text.vocab_size, bool)
+        known = np.fromiter(self._control.get_vocab(with_added_tokens=True).values(), np.int64)
+        mask[known[known < len(mask)]] = False
+        mask[list(self._placeholders())] = True
+        return mask
+
+    def _placeholders(self) -> tuple[int, ...]:
+        """Tokens around images and in their places."""
+        return *placeholder_ids(self.config), *self._brackets()
+
+    def _brackets(self) -> tuple[int, int]:
+        """What stands before and after an image's features."""
+        config = self.config
+        assert isinstance(config, Qwen3VLConfig)
+        return config.vision_start_token_id, config.vision_end_token_id
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         try:
@@ -327,10 +339,10 @@ class Processor:
 
     def _timed(self, seconds: float, image: EncodedImage) -> Int[np.ndarray, " tokens"]:
         """What a video shows at a time, as transformers' processor writes it into the template's own brackets."""
-        config = self.config
-        features = [config.video_token_id] * image.tokens(config)
+        features = [self.config.video_token_id] * image.tokens(self.config)
         mark = self.encode_text(f"<{seconds:.1f} seconds>")
-        return np.concatenate([mark, _ids([config.vision_start_token_id, *features, config.vision_end_token_id])])
+        before, after = self._brackets()
+        return np.concatenate([mark, _ids([before, *features, after])])
 
     def _images_that_fit(self, text: str, images: Sequence[EncodedImage], room: int) -> int:
         """How many of the first images leave room for the text, or for a quarter of it where it is long."""

@@ -37,6 +37,13 @@ def read_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def read_stop_ids(directory: Path, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """What ends a turn by generation_config.json, and by the tokenizer."""
+    ends = read_json(directory, "generation_config.json", {}).get("eos_token_id")
+    found = [*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id]
+    return [number for number in found if number is not None]
+
+
 def _chat_template(directory: Path, of_tokenizer: str | dict[str, str] | None) -> str:
     """The template that transformers' processor would use: its own file before the tokenizer's."""
     legacy = read_json(directory, "chat_template.json", {}).get("chat_template")

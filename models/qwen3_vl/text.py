@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from models.policy import PolicyConfig
 from models.qwen3_vl.attention import Kernel, attention, paged_attention
 from models.qwen3_vl.cache import KVCache, SharedPages
-from models.qwen3_vl.config import MoEConfig, Qwen3VLConfig, TextConfig
+from models.qwen3_vl.config import MoEConfig, TextConfig
 from models.qwen3_vl.layers import ACTIVATION_FUNCTIONS, Linear, Precision, Remat, RMSNorm, stack
 from models.qwen3_vl.moe import SparseMLP
 from models.qwen3_vl.rope import Rotation, rotate
@@ -72,7 +73,7 @@ class TextLayer(nnx.Module):
 class Decoder(nnx.Module):
     """The layers and the norm after them."""
 
-    def __init__(self, config: Qwen3VLConfig, *, precision: Precision, rngs: nnx.Rngs):
+    def __init__(self, config: PolicyConfig, *, precision: Precision, rngs: nnx.Rngs):
         self.config = config
         text = config.text
         make = partial(_layer, text, precision)

@@ -10,8 +10,8 @@ from safetensors.numpy import save_file
 
 from hdpo_jax.data.tiny_checkpoint import initial_weights
 from hdpo_jax.types import Prompt
+from models.policy import PolicyProcessor
 from models.qwen3_vl import Qwen3VLConfig
-from models.qwen3_vl.processing import Processor
 from tests.bench.workload import MODEL, PATCH
 from tests.models.hf_directory import IMAGES, write_hf_directory
 
@@ -31,12 +31,12 @@ def write_chat_model(directory: Path, longest_edge: int) -> None:
     save_file(initial_weights(config, seed=0), directory / "model.safetensors", metadata={"format": "pt"})
 
 
-def make_prompts(processor: Processor, count: int, tokens: int, side: int) -> list[Prompt]:
+def make_prompts(processor: PolicyProcessor, count: int, tokens: int, side: int) -> list[Prompt]:
     """Prompts of exactly so many tokens, each with a square image of noise, `side` pixels wide."""
     return [_prompt(processor, number, tokens, side) for number in range(count)]
 
 
-def _prompt(processor: Processor, number: int, tokens: int, side: int) -> Prompt:
+def _prompt(processor: PolicyProcessor, number: int, tokens: int, side: int) -> Prompt:
     image = Image.fromarray(np.random.default_rng(number).integers(0, 256, (side, side, 3), np.uint8))
     file = io.BytesIO()
     image.save(file, "PNG")

@@ -148,7 +148,7 @@ def mixed(directory: str) -> dict[str, Any]:
 
 def least_seconds(directory: str) -> float:
     """Of `fixed`, if the decoder's products were all there is to do and went at the rate of a large one."""
-    model = policy(directory, False).model
+    model: Any = policy(directory, False).model
     of_layers = sum(array.size for array in jax.tree.leaves(nnx.state(model.decoder)))
     rollouts = FIXED.prompts * FIXED.samples
     sampled, prompted = rollouts * FIXED.new_tokens, FIXED.prompts * FIXED.prompt_tokens

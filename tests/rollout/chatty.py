@@ -9,7 +9,7 @@ import numpy as np
 from hdpo_jax.config import AgentConfig, ModelConfig, RolloutConfig
 from hdpo_jax.train.policy import Policy, load_policy
 from hdpo_jax.types import Prompt
-from models.qwen3_vl.processing import Processor
+from models.policy import PolicyProcessor
 from sharding.mesh import MeshAxes
 
 AGENT = AgentConfig(max_calls=3, max_response_tokens=120, max_observation_tokens=60)
@@ -38,7 +38,7 @@ def chatty_policy(task: Task, devices: int = 1) -> Policy:
     return policy
 
 
-def forbid_all_but_calls(processor: Processor) -> None:
+def forbid_all_but_calls(processor: PolicyProcessor) -> None:
     """Leaves a policy `</tool_call>`, the end of a turn and a dozen letters to say."""
     allowed = [*processor.tool_call_end, processor.stop_ids[0], *processor.encode_text("ABCDEFGHKLMN")]
     forbidden = np.ones_like(processor.forbidden)

@@ -15,7 +15,7 @@ from hdpo_jax.config import ToolsConfig
 from hdpo_jax.tools.toolbox import ToolBox
 from hdpo_jax.train import rl
 from hdpo_jax.types import Observation, ToolCall
-from models.qwen3_vl.processing import Processor
+from models.families import read_processor
 from tests.rollout.chatty import forbid_all_but_calls
 
 SECONDS = 0.2
@@ -47,17 +47,15 @@ class Counting(ToolBox):
         return Session()
 
 
-class Chatty(Processor):
-    @classmethod
-    def from_hf(cls, directory):
-        processor = Processor.from_hf(directory)
-        forbid_all_but_calls(processor)
-        return processor
+def read_chatty_processor(directory):
+    processor = read_processor(directory)
+    forbid_all_but_calls(processor)
+    return processor
 
 
 if __name__ == "__main__":
     from hdpo_jax.train import policy
 
     CALLS = Path(sys.argv[2]).with_name("calls")
-    policy.Processor, rl.ToolBox = Chatty, Counting
+    policy.read_processor, rl.ToolBox = read_chatty_processor, Counting
     sys.exit(main())
