@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 if TYPE_CHECKING:  # `qwen3_vl` itself is typed with the first protocol.
     from PIL import Image
 
-    from models.qwen3_vl.cache import KVCache, SharedPages
+    from models.qwen3_vl.cache import Cache, SharedPages
     from models.qwen3_vl.config import TextConfig, VisionConfig
     from models.qwen3_vl.images import EncodedImage, PackedImages
     from models.qwen3_vl.processing import EncodedPrompt, Message, ObservationTurn
@@ -49,7 +49,7 @@ class PolicyConfig(Protocol):
 class PolicyModel(Protocol):
     """A decoder, an `nnx.Module`: its parameters are `nnx.Param`s that name their dimensions (`axes`, see `sharding`).
 
-    Keys and values go into pages (`KVCache`), of as many layers and heads as `config.text` says.
+    Keys and values go into pages (`Cache`), of as many layers and heads as `config.text` says.
     """
 
     dtype: Any
@@ -83,12 +83,12 @@ class PolicyModel(Protocol):
         input_ids: Int[Array, "batch tokens"],
         *,
         positions: Int[Array, "batch tokens 3"],
-        cache: "KVCache",
+        cache: "Cache",
         table: Int[Array, "batch width"],
         start: Int[Array, " batch"],
         images: "PackedImages | None" = None,
         shared: "SharedPages | None" = None,
-    ) -> "tuple[Float[Array, 'batch tokens embed'], KVCache]":
+    ) -> "tuple[Float[Array, 'batch tokens embed'], Cache]":
         """Hidden states of tokens that go on from what the cache holds at `start`, and the cache with them in it."""
         ...
 

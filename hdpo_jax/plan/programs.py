@@ -91,10 +91,9 @@ def rollout_programs(setting: Setting) -> Mapping[str, Program]:
         end_id=0,
         forbidden=np.zeros(setting.sizes.text.vocab_size, np.bool_),
     )
-    pages = ("slots", "layers", None, "kv_heads", None, None)
-    cache = jax.tree.map(
-        lambda leaf: _abstract(leaf.shape, leaf.dtype, mesh, pages), jax.eval_shape(programs.empty_cache)
-    )
+    with jax.set_mesh(mesh):
+        cache = jax.eval_shape(programs.empty_cache)
+    cache = jax.tree.map(lambda leaf: _abstract(leaf.shape, leaf.dtype, mesh, cache.AXES), cache)
     scheduler = Scheduler(config.share(1, lanes), setting.sizes, lanes=1, recent=TOOL_CALL_END - 1)
     everything = scheduler.empty_round()
 

@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 from hdpo_jax.config import RolloutConfig
 from hdpo_jax.rollout.sampling import sample
 from models.policy import PolicyModel
-from models.qwen3_vl import KVCache, PackedImages, SharedPages, decoding_layout
+from models.qwen3_vl import Cache, PackedImages, SharedPages, cache_for, decoding_layout
 from sharding.rules import constrain
 
 
@@ -86,7 +86,7 @@ class Chunk(NamedTuple):
     """Decode steps that were done: as many as the slot that went on for longest has tokens, here or elsewhere."""
 
 
-Carry = tuple[Array, KVCache, Running, Array, Array]
+Carry = tuple[Array, Cache, Running, Array, Array]
 """Of the decode loop: steps done, cache, slots, which of them were forced to end, and what was sampled."""
 Report = Int[Array, "slots fields"]
 """A `Chunk` as one array of 32-bit words, for one transfer: count, ended (2: forced to), steps, then three times
@@ -98,10 +98,10 @@ class Programs:
     """The programs, bound to one model structure and one set of sampling settings."""
 
     lay_out: Callable[[nnx.State], nnx.State]
-    empty_cache: Callable[[], KVCache]
-    extend: Callable[[nnx.State, KVCache, Extension], KVCache]
-    copy: Callable[[KVCache, Copies], KVCache]
-    decode: Callable[[nnx.State, KVCache, Running], tuple[KVCache, Report]]
+    empty_cache: Callable[[], Cache]
+    extend: Callable[[nnx.State, Cache, Extension], Cache]
+    copy: Callable[[Cache, Copies], Cache]
+    decode: Callable[[nnx.State, Cache, Running], tuple[Cache, Report]]
     """Its parameters are those that `lay_out` returns."""
 
 
@@ -135,12 +135,12 @@ def make_programs(
         model, platform=platform, rows=-(-config.slots // lanes), gathered=config.parameters == "gathered"
     )
 
-    def empty_cache() -> KVCache:
-        return KVCache.zeros(
+    def empty_cache() -> Cache:
+        return cache_for(platform, model_config).zeros(
             model_config, pages=config.pages_per_lane(lanes), page=config.page, lanes=lanes, dtype=dtype
         )
 
-    def extend(params: nnx.State, cache: KVCache, extension: Extension) -> KVCache:
+    def extend(params: nnx.State, cache: Cache, extension: Extension) -> Cache:
         _, cache = nnx.merge(graphdef, params).extend(
             extension.token_ids,
             positions=extension.positions,
@@ -151,10 +151,10 @@ def make_programs(
         )
         return cache.sharded()
 
-    def copy(cache: KVCache, copies: Copies) -> KVCache:
+    def copy(cache: Cache, copies: Copies) -> Cache:
         return cache.copy_pages(copies.source, copies.target)
 
-    def decode(params: nnx.State, cache: KVCache, running: Running) -> tuple[KVCache, Report]:
+    def decode(params: nnx.State, cache: Cache, running: Running) -> tuple[Cache, Report]:
         model = nnx.merge(decoder, params)
         running = jax.tree.map(lambda field: constrain(field, "slots", *[None] * (field.ndim - 1)), running)
         slots = running.pending.shape[0]

@@ -34,7 +34,7 @@ from hdpo_jax.rollout.engine import Copies, Extension, Programs, Running, read_r
 from hdpo_jax.rollout.lockstep import Lanes, filled, in_order, orders
 from hdpo_jax.rollout.scheduler import Round
 from hdpo_jax.types import Trajectory
-from models.qwen3_vl import KVCache
+from models.qwen3_vl import Cache
 from sharding.multihost import give_up
 from sharding.rules import RULES
 
@@ -261,5 +261,5 @@ class _Host:
         return self._no_batch
 
 
-def _same(cache: KVCache, _: Any) -> KVCache:
+def _same(cache: Cache, _: Any) -> Cache:
     return cache

@@ -20,7 +20,7 @@ from hdpo_jax.rollout.stats import RolloutStats
 from hdpo_jax.tools.toolbox import ToolBox
 from hdpo_jax.types import Prompt, Trajectory
 from models.policy import PolicyModel, PolicyProcessor
-from models.qwen3_vl import KVCache
+from models.qwen3_vl import Cache
 from sharding.multihost import local_rows
 
 
@@ -186,7 +186,7 @@ class Sampler:
                 chunk = read_report(local_rows(report))
                 rollout.stats.decode_seconds += time.perf_counter() - started
 
-    def _extend(self, params: nnx.State, cache: KVCache, now: Round) -> KVCache:
+    def _extend(self, params: nnx.State, cache: Cache, now: Round) -> Cache:
         for extension in now.extensions:
             if extension is not None:
                 cache = self.programs.extend(params, cache, extension)

@@ -1,6 +1,7 @@
 """Qwen3-VL, dense and MoE: decoder, vision tower with deepstack, Hugging Face checkpoints in and out."""
 
-from models.qwen3_vl.cache import KVCache, SharedPages
+from models.qwen3_vl.attention import cache_for
+from models.qwen3_vl.cache import Cache, KVCache, RaggedCache, SharedPages
 from models.qwen3_vl.config import MoEConfig, Qwen3VLConfig, TextConfig, VisionConfig
 from models.qwen3_vl.decoding import decoding_layout
 from models.qwen3_vl.huggingface import load_hf, read_config, save_hf
@@ -9,6 +10,7 @@ from models.qwen3_vl.model import Qwen3VL
 from models.qwen3_vl.stored import CheckpointError
 
 __all__ = [
+    "Cache",
     "CheckpointError",
     "EncodedImage",
     "KVCache",
@@ -16,9 +18,11 @@ __all__ = [
     "PackedImages",
     "Qwen3VL",
     "Qwen3VLConfig",
+    "RaggedCache",
     "SharedPages",
     "TextConfig",
     "VisionConfig",
+    "cache_for",
     "decoding_layout",
     "load_hf",
     "read_config",

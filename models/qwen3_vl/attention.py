@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from models.qwen3_vl import splash
-from models.qwen3_vl.cache import KVCache, SharedPages, by_lane
+from models.policy import PolicyConfig
+from models.qwen3_vl import ragged, splash
+from models.qwen3_vl.cache import Cache, KVCache, RaggedCache, SharedPages, by_lane
 from models.qwen3_vl.layers import ATTENTION
 from models.qwen3_vl.visibility import Visibility
 from sharding import constrain, shards
@@ -29,6 +30,11 @@ Kernel = Literal["xla", "splash"]
 def kernel_for(platform: str) -> Kernel:
     """What suits the devices of a platform, by JAX's name of it."""
     return "splash" if platform == "tpu" else "xla"
+
+
+def cache_for(platform: str, config: PolicyConfig) -> type[KVCache] | type[RaggedCache]:
+    """The layout of keys and values that suits the devices of a platform; its kernel comes along."""
+    return RaggedCache if platform == "tpu" and ragged.takes(config) else KVCache
 
 
 def attention(
@@ -112,7 +118,7 @@ def causal_attention(
 
 def paged_attention(
     queries: Float[Array, "batch queries heads size"],
-    cache: KVCache,
+    cache: Cache,
     layer: Int[Array, ""],
     table: Int[Array, "batch width"],
     index: Int[Array, "batch queries"],
@@ -120,10 +126,13 @@ def paged_attention(
 ) -> Float[Array, "batch queries heads size"]:
     """Attention of tokens at `index` of their rows to what the pages of the rows hold up to there.
 
-    Block by block as far as the longest row reaches, with a running softmax; nothing as long as a row is in memory.
+    The cache's layout says what computes it: the kernel for a TPU, which reads every row's pages for itself, or XLA:
+    block by block as far as the longest row reaches, with a running softmax; nothing as long as a row is in memory.
     What lies past a row's own end adds exactly nothing, so its result does not depend on its neighbours' lengths.
     With `shared`, pages that several rows begin with are read once for all of them (one query a row).
     """
+    if isinstance(cache, RaggedCache):
+        return ragged.ragged_attention(queries, cache, layer, table, index)
     batch, length, heads, size = queries.shape
     kv_heads = cache.values.shape[3]
     # Scaling the queries is cheaper than scaling the scores.

@@ -1,5 +1,11 @@
-"""The key-value cache: pages of a fixed number of tokens, which rows of tokens own or share."""
+"""The key-value cache: pages of a fixed number of tokens, which rows of tokens own or share. In two layouts.
 
+Pages lie in lanes, one for each part that the mesh splits rows into: a row's pages are all in its own lane, so reading
+them crosses no device. Page 0 of a lane belongs to nobody: a table names it where the row has no page, and what is
+written there is never seen.
+"""
+
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -15,13 +21,12 @@ from sharding import constrain
 class KVCache(NamedTuple):
     """Keys and values of all layers. A row of tokens names its pages, in order, in a table; rows may share pages.
 
-    Pages lie in lanes, one for each part that the mesh splits rows into: a row's pages are all in its own lane, so
-    reading them crosses no device. Page 0 of a lane belongs to nobody: a table names it where the row has no page,
-    and what is written there is never seen.
-
     A page's keys stand feature by feature. The scores of a decode step are then sums over whole runs of tokens, which
     takes 0.6 of the time on a CPU that [page, size] does.
     """
+
+    AXES = ("slots", "layers", None, "kv_heads", None, None)
+    """Logical axes of each array."""
 
     keys: Float[Array, "lanes layers pages kv_heads size page"]
     values: Float[Array, "lanes layers pages kv_heads page size"]
@@ -72,15 +77,80 @@ class KVCache(NamedTuple):
 
     def copy_pages(self, source: Int[Array, "lanes copies"], target: Int[Array, "lanes copies"]) -> "KVCache":
         """With each `source` page copied over its `target`, in every layer; 0 to 0 copies nothing that is seen."""
-
-        def copy(pages: Array, source: Array, target: Array) -> Array:
-            return pages.at[:, target].set(pages[:, source])
-
-        return jax.tree.map(lambda pages: jax.vmap(copy)(pages, source, target), self).sharded()
+        return jax.tree.map(lambda pages: jax.vmap(_copy)(pages, source, target), self).sharded()
 
     def sharded(self) -> "KVCache":
         """The cache spread over the mesh by lanes and heads."""
-        return KVCache(*(constrain(array, "slots", "layers", None, "kv_heads", None, None) for array in self))
+        return KVCache(*(constrain(array, *self.AXES) for array in self))
+
+
+class RaggedCache(NamedTuple):
+    """The same, as the kernel for a TPU reads it (see `ragged`): token by token, a head's values behind its keys.
+
+    What is written lies in the layout that is read. In `KVCache` the two differ on a TPU, and the compiler copies the
+    whole cache between them, in every layer of every step.
+    """
+
+    AXES = ("slots", "layers", None, None, "kv_heads", None)
+
+    pages: Float[Array, "lanes layers pages page keys_and_values size"]
+
+    @classmethod
+    def zeros(
+        cls, config: PolicyConfig, *, pages: int, page: int, lanes: int = 1, dtype: DTypeLike = jnp.bfloat16
+    ) -> "RaggedCache":
+        """As `KVCache.zeros`."""
+        text = config.text
+        shape = (lanes, text.num_hidden_layers, pages, page, 2 * text.num_key_value_heads, text.head_dim)
+        return cls(jnp.zeros(shape, dtype)).sharded()
+
+    @property
+    def lanes(self) -> int:
+        return self.pages.shape[0]
+
+    @property
+    def page(self) -> int:
+        """Tokens a page holds."""
+        return self.pages.shape[3]
+
+    def write(
+        self,
+        layer: Int[Array, ""],
+        table: Int[Array, "batch width"],
+        index: Int[Array, "batch tokens"],
+        keys: Float[Array, "batch tokens kv_heads size"],
+        values: Float[Array, "batch tokens kv_heads size"],
+    ) -> "RaggedCache":
+        """As `KVCache.write`, of tokens that follow each other."""
+        both = jnp.stack([keys, values], axis=3).astype(self.pages.dtype)
+        both = both.reshape(*both.shape[:2], -1, both.shape[-1])
+        parts = (by_lane(part, self.lanes) for part in (table, index[:, 0], both))
+        return RaggedCache(jax.vmap(partial(self._put, layer))(self.pages, *parts))
+
+    def _put(self, layer: Array, lane: Array, table: Array, start: Array, both: Array) -> Array:
+        """Page by page: a TPU writes one place after another, and a prompt's tokens are many."""
+        touched = -(-(both.shape[1] - 1) // self.page) + 1
+        at = self._pages_at(lane, table, start[:, None] // self.page + jnp.arange(touched))
+        held = lane.at[layer, at].get(mode="clip")
+        joined = held.reshape(len(at), -1, *held.shape[3:])
+        update = jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=0))
+        joined = update(joined, both, start % self.page)
+        return lane.at[layer, at].set(joined.reshape(held.shape), mode="drop")
+
+    def _pages_at(self, lane: Array, table: Array, number: Array) -> Array:
+        """The pages of these numbers in each row; past the row's table, one that is not there."""
+        return jnp.take_along_axis(table, number, axis=1, mode="fill", fill_value=lane.shape[1])
+
+    def copy_pages(self, source: Int[Array, "lanes copies"], target: Int[Array, "lanes copies"]) -> "RaggedCache":
+        """As `KVCache.copy_pages`."""
+        return RaggedCache(jax.vmap(_copy)(self.pages, source, target)).sharded()
+
+    def sharded(self) -> "RaggedCache":
+        """The cache spread over the mesh by lanes and heads."""
+        return RaggedCache(constrain(self.pages, *self.AXES))
+
+
+Cache = KVCache | RaggedCache
 
 
 class SharedPages(NamedTuple):
@@ -95,6 +165,12 @@ class SharedPages(NamedTuple):
     """Where each row stands among the members of all groups: its group times `most`, plus its place there."""
     pages: Int[Array, " rows"]
     """How many pages the rows of a group begin with alike; full ones, before the token that looks at them."""
+
+
+def _copy(
+    pages: Float[Array, "layers pages ..."], source: Int[Array, " copies"], target: Int[Array, " copies"]
+) -> Float[Array, "layers pages ..."]:
+    return pages.at[:, target].set(pages[:, source])
 
 
 def by_lane(array: Array, lanes: int) -> Array:

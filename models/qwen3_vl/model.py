@@ -7,7 +7,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from models.qwen3_vl.attention import Kernel
-from models.qwen3_vl.cache import KVCache, SharedPages
+from models.qwen3_vl.cache import Cache, SharedPages
 from models.qwen3_vl.config import Qwen3VLConfig
 from models.qwen3_vl.images import PackedImages
 from models.qwen3_vl.layers import Precision, Remat, by_columns
@@ -94,12 +94,12 @@ class Qwen3VL(nnx.Module):
         input_ids: Int[Array, "batch tokens"],
         *,
         positions: Int[Array, "batch tokens 3"],
-        cache: KVCache,
+        cache: Cache,
         table: Int[Array, "batch width"],
         start: Int[Array, " batch"],
         images: PackedImages | None = None,
         shared: SharedPages | None = None,
-    ) -> tuple[Float[Array, "batch tokens embed"], KVCache]:
+    ) -> tuple[Float[Array, "batch tokens embed"], Cache]:
         """Hidden states of tokens that continue each row at index `start`, and the cache with them in it.
 
         A part of a prompt, an appended turn and a decode step (one token) are all this. `table` names the pages of

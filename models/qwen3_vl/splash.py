@@ -5,9 +5,8 @@ in the program. Segments alone are compared inside the kernel. A prefix that sev
 the rows' masks lie in memory, which the kernel takes as four bytes for each query and key.
 """
 
-import logging
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,6 +20,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel im
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 from jaxtyping import Array, Bool, Float, Int
 
+from models.qwen3_vl.fallback import say_once
 from models.qwen3_vl.layers import ATTENTION
 from models.qwen3_vl.visibility import Visibility
 from sharding import RULES, shards, spec
@@ -32,14 +32,12 @@ LANES = 128
 RowKernel = Callable[..., Any]
 """Queries, keys and values of a row, heads first -> what the queries get."""
 
-log = logging.getLogger(__name__)
-
 
 def takes(queries: int, keys: int) -> bool:
     """Whether the kernel takes rows of these lengths on the mesh that is set; if not, one log line says so."""
     fits = queries % (shards("tokens") * LANES) == 0 and keys % LANES == 0
     if not fits:
-        _log_once(f"rows of {queries} queries and {keys} keys are no multiples of {LANES}: computed without splash")
+        say_once(f"rows of {queries} queries and {keys} keys are no multiples of {LANES}: computed without splash")
     return fits
 
 
@@ -200,8 +198,3 @@ def _enough_heads(
     if devices % kv_heads:
         raise ValueError(f"{kv_heads} key-value heads on mesh axis tensor {devices}: expected one to divide the other")
     return jnp.repeat(keys, devices // kv_heads, axis=1)
-
-
-@lru_cache(maxsize=256)
-def _log_once(line: str) -> None:
-    log.warning("%s", line)

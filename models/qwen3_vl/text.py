@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from models.policy import PolicyConfig
 from models.qwen3_vl.attention import Kernel, attention, paged_attention
-from models.qwen3_vl.cache import KVCache, SharedPages
+from models.qwen3_vl.cache import Cache, SharedPages
 from models.qwen3_vl.config import MoEConfig, TextConfig
 from models.qwen3_vl.layers import ACTIVATION_FUNCTIONS, Linear, Precision, Remat, RMSNorm, stack
 from models.qwen3_vl.moe import SparseMLP
@@ -105,19 +105,19 @@ class Decoder(nnx.Module):
         self,
         x: Float[Array, "batch tokens embed"],
         rotation: Rotation,
-        cache: KVCache,
+        cache: Cache,
         table: Int[Array, "batch width"],
         index: Int[Array, "batch tokens"],
         deepstack: Float[Array, "depth batch tokens embed"] | None = None,
         shared: SharedPages | None = None,
-    ) -> tuple[Float[Array, "batch tokens embed"], KVCache]:
+    ) -> tuple[Float[Array, "batch tokens embed"], Cache]:
         """Tokens that continue what the cache holds, written at `index` of the rows whose pages `table` names.
 
         The whole cache is carried through the scan and written in place; scanned over layer by layer, it would be
         copied once a token.
         """
 
-        def body(layer: TextLayer, carry: tuple[Array, KVCache], number: Array) -> tuple[Array, KVCache]:
+        def body(layer: TextLayer, carry: tuple[Array, Cache], number: Array) -> tuple[Array, Cache]:
             x, cache = carry
             queries, keys, values = layer.queries_keys_values(x, rotation)
             cache = cache.write(number, table, index, keys, values)

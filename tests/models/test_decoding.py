@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models.qwen3_vl import KVCache, Qwen3VL, decoding_layout, load_hf
+from models.qwen3_vl import Cache, KVCache, Qwen3VL, decoding_layout, load_hf
 from models.qwen3_vl.cache import unshared_table
 from models.qwen3_vl.decoding import FEW_ROWS, TurnedLinear, laid_out
 from models.qwen3_vl.runs import LayerRuns
@@ -74,13 +74,13 @@ def steps(model: Qwen3VL, lanes: int = 1) -> jax.Array:
     """Logits [rows, steps, vocab] of a few tokens, fed one at a time."""
     graphdef, params = nnx.split(model)
     tokens = np.random.default_rng(0).integers(0, 90, (ROWS, 5)).astype(np.int32)
-    cache = KVCache.zeros(
+    cache: Cache = KVCache.zeros(
         model.config, pages=1 + ROWS * PAGES_A_ROW // lanes, page=PAGE, lanes=lanes, dtype=jnp.float32
     )
     table = jnp.asarray(unshared_table(ROWS, PAGES_A_ROW, lanes))
 
     @jax.jit
-    def step(params: nnx.State, cache: KVCache, tokens: jax.Array, at: jax.Array) -> tuple[jax.Array, KVCache]:
+    def step(params: nnx.State, cache: Cache, tokens: jax.Array, at: jax.Array) -> tuple[jax.Array, Cache]:
         model, start = nnx.merge(graphdef, params), jnp.full(ROWS, at)
         positions = jnp.broadcast_to(at, (ROWS, 1, 3))
         hidden, cache = model.extend(tokens, positions=positions, cache=cache, table=table, start=start)

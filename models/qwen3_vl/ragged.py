@@ -1,0 +1,80 @@
+"""Attention to pages on a TPU: JAX's ragged paged attention kernel, with our lanes, layers and mesh."""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
+from jaxtyping import Array, Float, Int
+
+from models.policy import PolicyConfig
+from models.qwen3_vl.cache import RaggedCache
+from models.qwen3_vl.fallback import say_once
+from sharding import RULES, shards, spec
+
+SIZE = 128
+"""Head sizes that the kernel takes are multiples of it."""
+BLOCK_TOKENS = 1024
+"""Cached tokens that are looked at at a time: with 8 key-value heads, 4 MiB in bf16, and twice that in flight."""
+BLOCK_QUERIES = 32
+VMEM_BYTES = 32 * 2**20
+"""Of a core's 64 MiB or more."""
+
+
+def takes(config: PolicyConfig) -> bool:
+    """Whether the kernel takes a model's heads on the mesh that is set; if not, one log line says so."""
+    text, parts = config.text, shards("kv_heads")
+    fits = text.head_dim % SIZE == 0 and text.num_key_value_heads % parts == 0
+    if not fits:
+        heads = f"{text.num_key_value_heads} key-value heads of {text.head_dim} in {parts} parts"
+        say_once(f"{heads}: expected whole heads of a multiple of {SIZE}; decoding without the ragged kernel")
+    return fits
+
+
+def ragged_attention(
+    queries: Float[Array, "batch queries heads size"],
+    cache: RaggedCache,
+    layer: Int[Array, ""],
+    table: Int[Array, "batch width"],
+    index: Int[Array, "batch queries"],
+) -> Float[Array, "batch queries heads size"]:
+    """What `paged_attention` computes, of tokens that follow each other; each device for its own lanes and heads."""
+    mesh = jax.sharding.get_abstract_mesh()
+    arrays = (queries, cache.pages, layer, table, index[:, 0])
+    if mesh.empty or mesh.size == 1:
+        return _on_a_device(*arrays)
+    rows, heads = ("slots", None), ("slots", None, "heads", None)
+    axes = (heads, cache.AXES, (), rows, ("slots",))
+    layouts = [spec(RULES, names, mesh, array.shape) for names, array in zip(axes, arrays, strict=True)]
+    return jax.shard_map(_on_a_device, mesh=mesh, in_specs=tuple(layouts), out_specs=layouts[0], check_vma=False)(
+        *arrays
+    )
+
+
+def _on_a_device(
+    queries: Float[Array, "batch queries heads size"],
+    pages: Float[Array, "lanes layers pages page keys_and_values size"],
+    layer: Int[Array, ""],
+    table: Int[Array, "batch width"],
+    start: Int[Array, " batch"],
+) -> Float[Array, "batch queries heads size"]:
+    """Lanes and layers are told apart by the numbers of their pages: nothing is sliced, so nothing is copied."""
+    batch, length, heads, size = queries.shape
+    lanes, layers, count, page = pages.shape[:4]
+    lane = jnp.arange(batch) // (batch // lanes)
+    # Padding may reach past the last page: it looks at page 0.
+    table = jnp.pad(table, ((0, 0), (0, -(-length // page))))
+    table += count * (layer + layers * lane[:, None])
+    # The kernel would never wait for the pages of a row without tokens.
+    tokens = jnp.maximum(start, 0) + length
+    flat = ragged_paged_attention(
+        queries.reshape(-1, heads, size),
+        pages.reshape(-1, *pages.shape[3:]),
+        tokens,
+        table,
+        jnp.arange(batch + 1, dtype=jnp.int32) * length,
+        jnp.array([batch], jnp.int32),
+        sm_scale=size**-0.5,
+        num_kv_pages_per_block=min(table.shape[1], max(1, BLOCK_TOKENS // page)),
+        num_queries_per_block=min(batch * length, BLOCK_QUERIES),
+        vmem_limit_bytes=VMEM_BYTES,
+    )
+    return flat.reshape(queries.shape)
