@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -114,6 +115,23 @@ def constrain(array: jax.Array, *logical_axes: str | None, rules: ShardingRules 
     if mesh.empty:
         return array
     return jax.lax.with_sharding_constraint(array, spec(rules, logical_axes, mesh, array.shape))
+
+
+def on_each_device(
+    function: Callable[..., jax.Array], arrays: Sequence[jax.Array | None], axes: Sequence[tuple[str | None, ...]]
+) -> jax.Array:
+    """`function` of each device's own parts of `arrays` on the mesh of `jax.set_mesh`; a kernel can not be split else.
+
+    `axes` are the logical axes of each array; what comes out lies as the first. None stays None.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function(*arrays)
+    layouts = tuple(
+        None if array is None else spec(RULES, names, mesh, array.shape)
+        for array, names in zip(arrays, axes, strict=True)
+    )
+    return jax.shard_map(function, mesh=mesh, in_specs=layouts, out_specs=layouts[0], check_vma=False)(*arrays)
 
 
 def param_shardings(params: Tree, mesh: Mesh, rules: ShardingRules = RULES) -> Tree:

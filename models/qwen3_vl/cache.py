@@ -64,8 +64,7 @@ class KVCache(NamedTuple):
         """
 
         def put(lane: KVCache, table: Array, index: Array, keys: Array, values: Array) -> KVCache:
-            nowhere = lane.keys.shape[1]
-            at = jnp.take_along_axis(table, index // self.page, axis=1, mode="fill", fill_value=nowhere)
+            at = _pages_at(table, index // self.page, lane.keys.shape[1])
             place = index % self.page
             return KVCache(
                 keys=lane.keys.at[layer, at, :, :, place].set(keys.astype(lane.keys.dtype), mode="drop"),
@@ -130,16 +129,12 @@ class RaggedCache(NamedTuple):
     def _put(self, layer: Array, lane: Array, table: Array, start: Array, both: Array) -> Array:
         """Page by page: a TPU writes one place after another, and a prompt's tokens are many."""
         touched = -(-(both.shape[1] - 1) // self.page) + 1
-        at = self._pages_at(lane, table, start[:, None] // self.page + jnp.arange(touched))
+        at = _pages_at(table, start[:, None] // self.page + jnp.arange(touched), lane.shape[1])
         held = lane.at[layer, at].get(mode="clip")
         joined = held.reshape(len(at), -1, *held.shape[3:])
         update = jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=0))
         joined = update(joined, both, start % self.page)
         return lane.at[layer, at].set(joined.reshape(held.shape), mode="drop")
-
-    def _pages_at(self, lane: Array, table: Array, number: Array) -> Array:
-        """The pages of these numbers in each row; past the row's table, one that is not there."""
-        return jnp.take_along_axis(table, number, axis=1, mode="fill", fill_value=lane.shape[1])
 
     def copy_pages(self, source: Int[Array, "lanes copies"], target: Int[Array, "lanes copies"]) -> "RaggedCache":
         """As `KVCache.copy_pages`."""
@@ -165,6 +160,13 @@ class SharedPages(NamedTuple):
     """Where each row stands among the members of all groups: its group times `most`, plus its place there."""
     pages: Int[Array, " rows"]
     """How many pages the rows of a group begin with alike; full ones, before the token that looks at them."""
+
+
+def _pages_at(
+    table: Int[Array, "rows width"], number: Int[Array, "rows some"], nowhere: int
+) -> Int[Array, "rows some"]:
+    """The pages of these numbers in each row; past the row's table, `nowhere`."""
+    return jnp.take_along_axis(table, number, axis=1, mode="fill", fill_value=nowhere)
 
 
 def _copy(

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from models.qwen3_vl.attention import Kernel
 from models.qwen3_vl.cache import Cache, SharedPages
-from models.qwen3_vl.config import Qwen3VLConfig
+from models.qwen3_vl.config import Qwen3VLConfig, VisionConfig
 from models.qwen3_vl.images import PackedImages
 from models.qwen3_vl.layers import Precision, Remat, by_columns
 from models.qwen3_vl.rope import text_rotation
@@ -43,7 +43,9 @@ class Qwen3VL(nnx.Module):
         text = config.text
         table = jax.random.normal(rngs.params(), (text.vocab_size, text.hidden_size), precision.params)
         self.embedding = nnx.Param(text.initializer_range * table, axes=("vocab", "embed"))
-        self.vision = VisionTower(config.vision, precision=precision, rngs=rngs)
+        # A text-only model of the same decoder has none.
+        vision: VisionConfig | None = config.vision
+        self.vision = None if vision is None else VisionTower(vision, precision=precision, rngs=rngs)
         self.decoder = Decoder(config, precision=precision, rngs=rngs)
         self.output = None if config.tie_word_embeddings else self._output_matrix(precision, rngs)
         self.turned_head: nnx.Param | None = nnx.data(None)
@@ -137,6 +139,8 @@ class Qwen3VL(nnx.Module):
         x = self.embedding[...][input_ids].astype(self.dtype)
         if images is None:
             return constrain(x, "batch", "tokens", None), None
+        if self.vision is None:
+            raise ValueError("images came with the tokens of a model that reads text only; expected None")
         features, deepstack = self.vision(images, remat=self.remat, kernel=self.kernel)
         is_image = (images.feature_index >= 0)[..., None]
         at = jnp.maximum(images.feature_index, 0)[..., None]

@@ -1,6 +1,5 @@
 """Attention to pages on a TPU: JAX's ragged paged attention kernel, with our lanes, layers and mesh."""
 
-import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 from jaxtyping import Array, Float, Int
@@ -8,7 +7,7 @@ from jaxtyping import Array, Float, Int
 from models.policy import PolicyConfig
 from models.qwen3_vl.cache import RaggedCache
 from models.qwen3_vl.fallback import say_once
-from sharding import RULES, shards, spec
+from sharding import on_each_device, shards
 
 SIZE = 128
 """Head sizes that the kernel takes are multiples of it."""
@@ -37,15 +36,9 @@ def ragged_attention(
     index: Int[Array, "batch queries"],
 ) -> Float[Array, "batch queries heads size"]:
     """What `paged_attention` computes, of tokens that follow each other; each device for its own lanes and heads."""
-    mesh = jax.sharding.get_abstract_mesh()
     arrays = (queries, cache.pages, layer, table, index[:, 0])
-    if mesh.empty or mesh.size == 1:
-        return _on_a_device(*arrays)
-    rows, heads = ("slots", None), ("slots", None, "heads", None)
-    axes = (heads, cache.AXES, (), rows, ("slots",))
-    layouts = [spec(RULES, names, mesh, array.shape) for names, array in zip(axes, arrays, strict=True)]
-    return jax.shard_map(_on_a_device, mesh=mesh, in_specs=tuple(layouts), out_specs=layouts[0], check_vma=False)(
-        *arrays
+    return on_each_device(
+        _on_a_device, arrays, (("slots", None, "heads", None), cache.AXES, (), ("slots", None), ("slots",))
     )
 
 

@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 from models.qwen3_vl.fallback import say_once
 from models.qwen3_vl.layers import ATTENTION
 from models.qwen3_vl.visibility import Visibility
-from sharding import RULES, shards, spec
+from sharding import on_each_device, shards
 
 BLOCKS = (1024, 512, 256, 128)
 """Queries or keys of a block: the largest of these that divides the rows."""
@@ -55,33 +55,16 @@ def splash_attention(
     Each device computes its own queries (rows, tokens and heads as the mesh splits them) against all keys of the row.
     `heads_axis` is the logical axis of the heads. `interpret` runs the kernel where there is no TPU, slowly.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    attend = partial(_on_a_device, interpret=interpret)
     by_head = queries.swapaxes(1, 2) * queries.shape[-1] ** -0.5
-    if mesh.empty or mesh.size == 1:
-        return attend(by_head, keys, values, *visibility).swapaxes(1, 2)
     keys, values = (_enough_heads(each, shards(heads_axis)) for each in (keys, values))
-
-    def layout(array: Array | None, *axes: str | None):
-        return None if array is None else spec(RULES, axes, mesh, array.shape)
-
-    heads, rows, row_ids = ("batch", heads_axis, None, None), ("batch", "tokens"), ("batch", None)
-    of_queries = layout(by_head, "batch", heads_axis, "tokens", None)
-    return jax.shard_map(
-        attend,
-        mesh=mesh,
-        in_specs=(
-            of_queries,
-            layout(keys, *heads),
-            layout(values, *heads),
-            layout(visibility.query_ids, *rows),
-            layout(visibility.prefix_ids, *rows),
-            layout(visibility.key_ids, *row_ids),
-            layout(visibility.query_index, *rows),
-        ),
-        out_specs=of_queries,
-        check_vma=False,
-    )(by_head, keys, values, *visibility).swapaxes(1, 2)
+    of_queries, of_keys = ("batch", heads_axis, "tokens", None), ("batch", heads_axis, None, None)
+    rows, row_ids = ("batch", "tokens"), ("batch", None)
+    attended = on_each_device(
+        partial(_on_a_device, interpret=interpret),
+        (by_head, keys, values, *visibility),
+        (of_queries, of_keys, of_keys, rows, rows, row_ids, rows),
+    )
+    return attended.swapaxes(1, 2)
 
 
 def _on_a_device(
