@@ -67,7 +67,9 @@ def on_host(array: jax.Array, index: tuple[int, ...], dtype: np.dtype, wanted: b
     if array.is_fully_addressable:
         return np.asarray(array[index]).astype(dtype) if wanted else None
     assert isinstance(array.sharding, NamedSharding)
-    whole = _gather(array.sharding.mesh, dtype)(array, index)
+    # All wait, also those that want nothing: else they run ahead, a device holds many tensors that are whole, and on
+    # a CPU the gathers of several tensors lock each other out.
+    whole = jax.block_until_ready(_gather(array.sharding.mesh, dtype)(array, index))
     return np.asarray(whole.addressable_data(0)) if wanted else None
 
 
