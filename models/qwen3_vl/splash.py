@@ -2,7 +2,7 @@
 
 Blocks of queries and keys that do not see each other are skipped; which those are depends on the batch, so it is found
 in the program. Segments alone are compared inside the kernel. A prefix that several segments share is beyond it: then
-the rows' masks lie in memory, which the kernel takes as four bytes for each query and key.
+blocks that are seen in part have masks in memory, of four bytes for each query and key; others need none.
 """
 
 from collections.abc import Callable
@@ -84,24 +84,57 @@ def _on_a_device(
         query_ids, prefix_ids, key_ids, index = visibility
         if query_ids is not None and key_ids is not None and prefix_ids is None and index is None:
             return _by_segments(query_ids, key_ids, interpret)(queries, keys, values)
-        return _by_mask(visibility, keys.shape[1], interpret)(queries, keys, values)
+        return _by_stretches(visibility, keys.shape[1], interpret)(queries, keys, values)
 
     keys, values = keys.astype(queries.dtype), values.astype(queries.dtype)
     of_rows = Visibility(query_ids, prefix_ids, key_ids, index)
     return jax.vmap(of_row)(queries, keys, values, of_rows)
 
 
-def _by_mask(visibility: Visibility, keys: int, interpret: bool) -> RowKernel:
-    """The kernel of one row whose mask is in memory."""
-    one = jax.tree.map(lambda ids: ids[None], visibility)
-    mask = one.mask(keys)[0]
-    # The kernel divides by what a query sees: padding sees one key.
-    blind = ~mask.any(axis=-1, keepdims=True)
-    mask |= blind & (jnp.arange(keys) == (0 if one.query_index is None else one.query_index[0, :, None]))
-    sizes = _block_sizes(len(mask), keys)
-    blocks = mask.reshape(-1, sizes.block_q, keys // sizes.block_kv, sizes.block_kv).swapaxes(1, 2)
-    sees = blocks.any(axis=(2, 3)).astype(jnp.int32) + blocks.all(axis=(2, 3))
-    return _kernel(sizes, sees, blocks.reshape(-1, *blocks.shape[2:]), interpret)
+def _by_stretches(visibility: Visibility, keys: int, interpret: bool) -> RowKernel:
+    """The kernel of one causal row: each query sees its segment's prefix, and its segment up to itself."""
+    starts, stops = _stretches(visibility, keys)
+    sizes = _block_sizes(len(starts), keys)
+    of_blocks = (-1, sizes.block_q, 2)
+    starts, stops = starts.reshape(of_blocks), stops.reshape(of_blocks)
+    first = jnp.arange(0, keys, sizes.block_kv)
+    seen = jnp.minimum(stops[..., None], first + sizes.block_kv) - jnp.maximum(starts[..., None], first)
+    seen = jnp.maximum(seen, 0).sum(axis=2)  # keys, for each query and block of keys
+    sees = (seen > 0).any(axis=1).astype(jnp.int32) + (seen == sizes.block_kv).all(axis=1)
+
+    # No more blocks are seen in part than four in a row of blocks (where the prefix starts and ends, where a segment
+    # starts, the diagonal), and as many as the row has (what one segment sees and the next, in the same block, does
+    # not: each segment and prefix ends once).
+    rows, columns = sees.shape
+    most = min(sees.size, 4 * rows + columns)
+    partly = jnp.flatnonzero(sees == 1, size=most, fill_value=0)
+    row, column = jnp.divmod(partly, columns)
+    at = first[column][:, None, None] + jnp.arange(sizes.block_kv)
+    masks = [(starts[row, :, part, None] <= at) & (at < stops[row, :, part, None]) for part in range(2)]
+    place = jnp.cumsum(sees.reshape(-1) == 1).reshape(sees.shape) - 1
+    return _kernel(sizes, sees, (jnp.where(sees == 1, place, 0), masks[0] | masks[1]), interpret)
+
+
+def _stretches(visibility: Visibility, keys: int) -> tuple[Int[Array, "queries 2"], Int[Array, "queries 2"]]:
+    """Where the two stretches of keys that each query sees begin and end: its prefix (may be empty), and its own.
+
+    The tokens of a segment stand together in their row. Padding sees itself: the kernel divides by what is seen.
+    """
+    query_ids, prefix_ids, key_ids, index = visibility
+    if index is None:
+        raise ValueError("splash attention with a shared prefix needs query_index: expected a causal row")
+    if query_ids is None or key_ids is None:
+        own_start = prefix_start = prefix_stop = jnp.zeros_like(index)
+    else:
+        prefix_ids = query_ids if prefix_ids is None else prefix_ids
+        at = jnp.arange(keys)
+        start = jax.ops.segment_min(at, key_ids, keys + 1)
+        stop = jax.ops.segment_max(at, key_ids, keys + 1) + 1
+        apart = (query_ids != prefix_ids) & (prefix_ids > 0)
+        own_start = jnp.where(query_ids > 0, start[query_ids], index)
+        prefix_start = jnp.where(apart, start[prefix_ids], 0)
+        prefix_stop = jnp.where(apart, stop[prefix_ids], 0)
+    return jnp.stack([prefix_start, own_start], axis=-1), jnp.stack([prefix_stop, index + 1], axis=-1)
 
 
 def _by_segments(query_ids: Int[Array, " queries"], key_ids: Int[Array, " keys"], interpret: bool) -> RowKernel:
@@ -122,20 +155,24 @@ def _by_segments(query_ids: Int[Array, " queries"], key_ids: Int[Array, " keys"]
 def _kernel(
     sizes: BlockSizes,
     sees: Int[Array, "query_blocks key_blocks"],
-    masks: Bool[Array, "blocks block_q block_kv"] | None,
+    masks: tuple[Int[Array, "query_blocks key_blocks"], Bool[Array, "masks block_q block_kv"]] | None,
     interpret: bool,
 ) -> SplashAttentionKernel:
-    """`sees`: 0 where no query of a block sees a key of the other, 2 where each sees all, 1 between the two."""
+    """`sees`: 0 where no query of a block sees a key of the other, 2 where each sees all, 1 between the two.
+
+    `masks`: which one a block has that is seen in part, and the masks.
+    """
     queries, keys = sees.shape
     # What a skipped or unmasked block would load is what the first one did: nothing is loaded for it.
-    mask_next = None if masks is None else jnp.where(sees == 1, jnp.arange(sees.size).reshape(sees.shape), 0)[None]
+    place, masks_by_query = (None, None) if masks is None else (masks[0][None], masks[1])
 
     def info(block: Int[np.ndarray, "..."], masks: Array | None) -> MaskInfo:
         data_next = jnp.where(sees > 0, block, 0)[None]
-        return MaskInfo(data_next, mask_next, sees[None], partial_mask_blocks=masks, q_sequence=None)
+        return MaskInfo(data_next, place, sees[None], partial_mask_blocks=masks, q_sequence=None)
 
-    by_query = info(np.arange(keys, dtype=np.int32), masks)
-    by_key = info(np.arange(queries, dtype=np.int32)[:, None], None if masks is None else masks.swapaxes(1, 2))
+    masks_by_key = None if masks_by_query is None else masks_by_query.swapaxes(1, 2)
+    by_query = info(np.arange(keys, dtype=np.int32), masks_by_query)
+    by_key = info(np.arange(queries, dtype=np.int32)[:, None], masks_by_key)
     return SplashAttentionKernel(
         by_query,
         by_query,

@@ -7,7 +7,10 @@ from jaxtyping import Array, Bool, Int
 
 
 class Visibility(NamedTuple):
-    """Which keys a query sees; each rule that is given narrows it."""
+    """Which keys a query sees; each rule that is given narrows it.
+
+    Where rows are causal, the tokens of a segment stand together.
+    """
 
     query_ids: Int[Array, "batch queries"] | None = None
     """A query sees keys of its own segment, and of the segment named in `prefix_ids`. Keys of segment 0: never."""

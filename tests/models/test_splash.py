@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from models.qwen3_vl import splash
 from models.qwen3_vl.attention import attention, dense_attention
 from models.qwen3_vl.splash import splash_attention, takes
 from models.qwen3_vl.visibility import Visibility
@@ -70,6 +71,45 @@ def test_the_kernel_computes_what_the_products_do(visibility, axes):
         found = results(attend, visibility())
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
+def packed_row(random: np.random.Generator, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """Segments and the prefixes that they see: prompts, each with some responses after it, and padding, by chance."""
+    ids, prefixes = np.zeros((2, tokens), np.int32)
+    at = number = 0
+    while at < tokens and random.random() < 0.95:
+        prompt = number + 1
+        for _ in range(random.integers(1, 7)):
+            end = min(tokens, at + random.integers(1, random.choice([10, 100, 700])))
+            number += 1
+            ids[at:end], prefixes[at:end] = number, prompt
+            at = end
+    return ids, prefixes
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_row_s_stretches_are_its_mask_and_few_blocks_are_seen_in_part(seed, monkeypatch):
+    """Also where a device holds the queries of the second half of a row."""
+    block, tokens = 128, 2_048
+    ids, prefixes = packed_row(np.random.default_rng(seed), tokens)
+    stored = []
+    monkeypatch.setattr(splash, "BLOCKS", (block,))
+    monkeypatch.setattr(splash, "_kernel", lambda sizes, sees, masks, interpret: stored.append((sees, *masks)))
+    for first in (0, tokens // 2):
+        rows = slice(first, tokens)
+        seen_by = (ids[rows], prefixes[rows], ids, np.arange(first, tokens))
+        row = Visibility._make(jnp.asarray(each) for each in seen_by)
+        expected = np.array(jax.tree.map(lambda each: each[None], row).mask(tokens)[0])
+        expected[ids[rows] == 0, np.flatnonzero(ids[rows] == 0) + first] = True  # padding sees itself
+
+        splash._by_stretches(row, tokens, interpret=True)
+        sees, place, masks = map(np.asarray, stored.pop())
+        assert (sees == 1).sum() <= len(masks) < sees.size
+        for (i, j), seen in np.ndenumerate(sees):
+            found = masks[place[i, j]] if seen == 1 else np.full((block, block), seen == 2)
+            part = expected[i * block : (i + 1) * block, j * block : (j + 1) * block]
+            np.testing.assert_array_equal(found, part)
+            assert seen == 2 or not found.all()
 
 
 def test_rows_that_the_kernel_does_not_take_are_computed_all_the_same(caplog):

@@ -114,6 +114,18 @@ def test_rows_keep_to_both_budgets():
     assert padding_share(micro, np.array([3])) == pytest.approx(1 - (rows.segment_ids > 0).sum() / (9 * 48))
 
 
+def test_a_segment_stands_together_and_a_family_too():
+    """What attention kernels count on: a query sees two stretches of its row."""
+    sizes = np.random.default_rng(0).integers(1, 9, (6, 5))
+    trajectories = [trajectory(g, s, int(sizes[g, s]), observed=s == 3) for g in range(6) for s in range(5)]
+    rows = packed(trajectories, RowShape(64, 100), 12)
+    for ids, prefixes in zip(rows.segment_ids, rows.prefix_ids, strict=True):
+        used = int((ids > 0).sum())
+        for each in (ids, prefixes):
+            assert (np.diff(each[:used]) >= 0).all() and not each[used:].any()
+        assert len(set(prefixes[:used])) < len(set(ids[:used])) or not used
+
+
 def test_a_group_larger_than_a_row_repeats_its_prompt():
     rows = packed([trajectory(0, sample, 8) for sample in range(4)], RowShape(28, 64), 4)
     in_use = (rows.segment_ids > 0).any(axis=1)
