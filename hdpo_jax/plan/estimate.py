@@ -3,7 +3,7 @@
 import logging
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,8 @@ from typing import Any
 import jax
 
 from hdpo_jax.config import ConfigError, RLConfig
-from hdpo_jax.plan.hlo import Cost, Instruction, Module, dimensions
+from hdpo_jax.plan.hlo import Cost, Module
+from hdpo_jax.plan.kernels import kernel_costs
 from hdpo_jax.plan.programs import Program, Setting, learning_programs, rollout_programs
 from hdpo_jax.plan.topology import Chip, Topology
 from hdpo_jax.plan.workload import Need, Workload
@@ -19,12 +20,8 @@ from hdpo_jax.rollout.scheduler import SHARERS
 from models import logprobs
 from models.qwen3_vl import Qwen3VLConfig, read_config
 from models.qwen3_vl.sizes import published_config
-from models.qwen3_vl.splash import BLOCKS
 
 log = logging.getLogger(__name__)
-
-PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
-"""Matrix products of queries x keys x head size in each splash kernel."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +29,7 @@ class Estimate:
     """One program; all figures are of one chip."""
 
     hbm_bytes: float
-    """Arguments, results that are not written over them, and temporaries."""
+    """Arguments, results and temporaries when they are most, and the code: what the compiler refuses programs by."""
     argument_bytes: float
     temporary_bytes: float
     flops: float
@@ -88,15 +85,17 @@ def estimate(name: str, program: Program, setting: Setting, topology: Topology) 
     module = Module(
         compiled.as_text(),
         trips=loop_trips(setting, workload),
-        kernels=splash_flops(workload),
+        kernels=kernel_costs(name, setting, workload),
     )
     memory = compiled.memory_analysis()
+    # Not the sum of arguments and `temp_size_in_bytes`, which counts what loops hold in turn side by side.
+    needed = memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
     arguments = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     cost = module.cost
     return Estimate(
-        hbm_bytes=cores * (arguments + memory.temp_size_in_bytes),
+        hbm_bytes=cores * needed,
         argument_bytes=cores * arguments,
-        temporary_bytes=cores * memory.temp_size_in_bytes,
+        temporary_bytes=cores * (needed - arguments),
         flops=cores * cost.flops,
         model_flops=model_flops(name, setting, workload) / topology.chips,
         bytes_moved=cores * cost.bytes,
@@ -156,37 +155,18 @@ def loop_trips(setting: Setting, workload: Workload) -> Mapping[str, float]:
     }
 
 
-def splash_flops(workload: Workload) -> Callable[[Instruction], float]:
-    """What a splash kernel computes, by its name and what it is given; rows are full, images of full size."""
-
-    def flops(kernel: Instruction) -> float:
-        phase = re.search(r"splash_mha_(fwd|dq|dkv)", kernel.name)
-        _, _, given = kernel.attributes.partition("operand_layout_constraints=")
-        if not phase or not given:
-            return 0.0
-        shapes = [dimensions(shape) for shape in re.findall(r"(?:bf16|f32)\[\d+,\d+,\d+\]", given)]
-        (heads, queries, size), (_, keys, _) = shapes[:2]
-        # Images see themselves. Causal: half of the keys and of the diagonal's blocks, the mean of a row's devices.
-        images, causal = min(workload.image + BLOCKS[0], keys), (keys + BLOCKS[0]) / 2
-        seen = images if "_segmented" in kernel.name else causal
-        return 2.0 * PRODUCTS[phase[1]] * heads * queries * seen * size
-
-    return flops
-
-
 def model_flops(name: str, setting: Setting, workload: Workload) -> float:
     """What the model itself needs for what the program does, on all chips."""
     config, need = setting.config, Need(setting.sizes)
     if name == "decode":
         tokens = config.rollout.slots * config.rollout.chunk
-        return need.tokens(tokens, workload.prompt + workload.response / 2) + need.logits(tokens)
+        return need.tokens(tokens, workload.keys(name)) + need.logits(tokens)
     if name in ("prefill", "append"):
         rows, tokens, patches = setting.extension(name)
-        before = 0 if name == "prefill" else workload.prompt
-        seen = rows * need.tokens(tokens, before + tokens / 2)
+        seen = rows * need.tokens(tokens, workload.keys(name, tokens))
         return seen + rows * need.patches(patches, min(workload.image, patches or 1))
     forward = workload.rows * (
-        need.tokens(workload.tokens, workload.tokens / 2)
+        need.tokens(workload.tokens, workload.keys(name, workload.tokens))
         + need.logits(workload.response)
         + need.patches(config.train.row_patches, workload.image)
     )

@@ -7,8 +7,9 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import NamedTuple
 
 BITS = {"pred": 8, "token": 0, "opaque": 0, "c64": 64, "c128": 128}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -17,6 +18,8 @@ FREE = {
     "partition-id", "replica-id", "iota", "copy-done", "opt-barrier", "domain", "add-dependency",
 }  # fmt: skip
 """What moves no bytes of its own."""
+UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
+"""What writes into its first operand where that lies, and which operand it writes there."""
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
@@ -68,8 +71,15 @@ class Cost:
             self.collectives[kind] += times * sent
 
 
-Kernels = Callable[[Instruction], float]
-"""The operations of a custom kernel."""
+class KernelCost(NamedTuple):
+    """What one call of a custom kernel does, which its text does not tell."""
+
+    flops: float = 0.0
+    bytes: float | None = None
+    """Read from and written to HBM; None: what it is given and what it gives, once."""
+
+
+Kernels = Callable[[Instruction], KernelCost]
 
 
 class Module:
@@ -93,14 +103,18 @@ class Module:
 
     def _read(self, text: str) -> None:
         current: dict[str, Instruction] = {}
+        last = None
         for line in text.splitlines():
             if found := _COMPUTATION.match(line):
-                current = self._computations.setdefault(found[1], {})
+                current, last = self._computations.setdefault(found[1], {}), None
                 if line.startswith("ENTRY"):
                     self._entry = found[1]
             elif found := _INSTRUCTION.match(line):
-                root, name, rest = found.groups()
-                current[name] = _instruction(name, rest, bool(root))
+                root, last, rest = found.groups()
+                current[last] = _instruction(last, rest, bool(root))
+            elif last and line != "}":
+                # A kernel's attributes may go on over several lines.
+                current[last] = replace(current[last], attributes=f"{current[last].attributes}\n{line}")
 
     def _cost(self, name: str) -> Cost:
         if name not in self._costs:
@@ -198,7 +212,7 @@ class Module:
 
     def _flops(self, one: Instruction, around: Mapping[str, Instruction]) -> float:
         if one.opcode == "custom-call":
-            return self._kernels(one) if 'custom_call_target="tpu_custom_call"' in one.attributes else 0.0
+            return self._kernels(one).flops if _is_kernel(one) else 0.0
         if one.opcode == "dot":
             left = dimensions(around[one.operands[0]].shape)
             contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", one.attributes)
@@ -212,10 +226,12 @@ class Module:
 
     def _moved(self, one: Instruction, around: Mapping[str, Instruction]) -> float:
         result = _bytes(_result(one))
+        if _is_kernel(one) and (moved := self._kernels(one).bytes) is not None:
+            return moved
         if one.opcode in ("dynamic-slice", "gather", "slice", "copy-start"):
             return 2.0 * result
-        if one.opcode == "dynamic-update-slice":
-            return 2.0 * _bytes(around[one.operands[1]].shape)
+        if one.opcode in UPDATES:
+            return 2.0 * _bytes(around[one.operands[UPDATES[one.opcode]]].shape)
         return result + sum(_bytes(around[name].shape) for name in one.operands if name in around)
 
     def _fused_bytes(self, one: Instruction, around: Mapping[str, Instruction], called: str) -> float:
@@ -233,13 +249,13 @@ class Module:
             uses = users[parameter.name]
             if uses and all(use.opcode in ("dynamic-slice", "gather", "slice") for use in uses):
                 total += sum(_bytes(use.shape, everywhere=True) for use in uses)
-            elif all(use.opcode == "dynamic-update-slice" and use.operands[0] == parameter.name for use in uses):
+            elif all(use.opcode in UPDATES and use.operands[0] == parameter.name for use in uses):
                 continue
             else:
                 total += _bytes(whole.shape)
         root = next(each for each in inside.values() if each.is_root)
-        if root.opcode == "dynamic-update-slice" and not _in_vmem(one.shape):
-            return total + _bytes(inside[root.operands[1]].shape, everywhere=True)
+        if root.opcode in UPDATES and not _in_vmem(one.shape):
+            return total + _bytes(inside[root.operands[UPDATES[root.opcode]]].shape, everywhere=True)
         return total + _bytes(one.shape)
 
     def _sent(self, one: Instruction, kind: str) -> float:
@@ -261,6 +277,10 @@ class Module:
         if found := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
             return len(found[1].split(","))
         return self._devices
+
+
+def _is_kernel(one: Instruction) -> bool:
+    return one.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in one.attributes
 
 
 def _instruction(name: str, rest: str, is_root: bool) -> Instruction:

@@ -20,7 +20,7 @@ from hdpo_jax.rollout.lockstep import Lanes
 from hdpo_jax.rollout.packing import RowShape, fill_rows
 from hdpo_jax.rollout.scheduler import Scheduler
 from hdpo_jax.train.optimizer import make_optimizer
-from models.qwen3_vl import Qwen3VL, Qwen3VLConfig
+from models.qwen3_vl import GATHERED, Qwen3VL, Qwen3VLConfig
 from models.qwen3_vl.attention import kernel_for
 from sharding import RULES, make_mesh, param_shardings, spec
 
@@ -104,7 +104,10 @@ def rollout_programs(setting: Setting) -> Mapping[str, Program]:
         return jax.tree.map(of_leaf, arrays)
 
     extensions = {name: everything.extensions[_shape_of(setting.config, name)] for name in ("prefill", "append")}
+    # Shapes alone say nothing of places. Decoding reads none of the vision tower, wherever that is.
     laid_out = jax.eval_shape(programs.lay_out, params)
+    rules = GATHERED if config.parameters == "gathered" else RULES
+    laid_out = jax.tree.map(_placed, laid_out, param_shardings(laid_out, mesh, rules))
     return {
         **{
             name: Program(function=programs.extend, arguments=(params, cache, of_all_lanes(extension)))

@@ -35,6 +35,11 @@ class Workload:
     def tokens(self) -> int:
         return self.prompt + self.response
 
+    def keys(self, program: str, tokens: int = 1) -> float:
+        """That a token of a program sees, on average, if it comes with `tokens` that follow each other."""
+        before = {"decode": self.prompt + self.response / 2, "append": self.prompt}.get(program, 0)
+        return before + (tokens / 2 if program != "decode" else 0)
+
 
 @dataclass(frozen=True)
 class Need:

@@ -3,13 +3,14 @@
 from models.qwen3_vl.attention import cache_for
 from models.qwen3_vl.cache import Cache, KVCache, RaggedCache, SharedPages
 from models.qwen3_vl.config import MoEConfig, Qwen3VLConfig, TextConfig, VisionConfig
-from models.qwen3_vl.decoding import decoding_layout
+from models.qwen3_vl.decoding import GATHERED, decoding_layout
 from models.qwen3_vl.huggingface import load_hf, read_config, save_hf
 from models.qwen3_vl.images import EncodedImage, PackedImages
 from models.qwen3_vl.model import Qwen3VL
 from models.qwen3_vl.stored import CheckpointError
 
 __all__ = [
+    "GATHERED",
     "Cache",
     "CheckpointError",
     "EncodedImage",

@@ -1,5 +1,7 @@
 """Qwen3-VL: token ids and packed images in, hidden states or logits out; whole rows at once, or through a cache."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -15,7 +17,10 @@ from models.qwen3_vl.rope import text_rotation
 from models.qwen3_vl.text import Decoder
 from models.qwen3_vl.visibility import Visibility
 from models.qwen3_vl.vision import VisionTower
-from sharding import constrain
+from sharding import RULES, constrain
+
+BY_COLUMN = replace(RULES, batch="data", tokens=None)
+"""Where a device has some columns of every token, not all columns of some."""
 
 
 class Qwen3VL(nnx.Module):
@@ -87,7 +92,10 @@ class Qwen3VL(nnx.Module):
         if positions is None:
             positions = jnp.broadcast_to(index[..., None], (batch, length, 3))
         visibility = Visibility(query_ids=segment_ids, prefix_ids=prefix_ids, key_ids=segment_ids, query_index=index)
-        x, deepstack = self._embed(input_ids, images)
+        # Each device looks up its own columns of all tokens, and passes them on: nowhere is the whole table, nor its
+        # gradient, and what is sent is as large as the tokens.
+        x = constrain(self._looked_up(input_ids), "batch", "tokens", "embed", rules=BY_COLUMN)
+        x, deepstack = self._with_images(constrain(x, "batch", "tokens", None), images)
         rotation = text_rotation(self.config.text, positions)
         return self.decoder(x, rotation, visibility, deepstack, remat=self.remat, kernel=self.kernel)
 
@@ -109,7 +117,7 @@ class Qwen3VL(nnx.Module):
         step `shared` says which rows begin with the same pages.
         """
         index = start[:, None] + jnp.arange(input_ids.shape[1])
-        x, deepstack = self._embed(input_ids, images)
+        x, deepstack = self._with_images(constrain(self._looked_up(input_ids), "batch", "tokens", None), images)
         rotation = text_rotation(self.config.text, positions)
         return self.decoder.extend(x, rotation, cache, table, index, deepstack, shared)
 
@@ -132,13 +140,15 @@ class Qwen3VL(nnx.Module):
             return by_columns(rows, self.turned_head[...]).reshape(*hidden.shape[:-1], -1)
         return jnp.matmul(hidden, self.head.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
-    def _embed(
-        self, input_ids: Int[Array, "batch tokens"], images: PackedImages | None
+    def _looked_up(self, input_ids: Int[Array, "batch tokens"]) -> Float[Array, "batch tokens embed"]:
+        return self.embedding[...][input_ids].astype(self.dtype)
+
+    def _with_images(
+        self, x: Float[Array, "batch tokens embed"], images: PackedImages | None
     ) -> tuple[Float[Array, "batch tokens embed"], Float[Array, "depth batch tokens embed"] | None]:
         """Token embeddings with image features in their places, and the features that deepstack adds later."""
-        x = self.embedding[...][input_ids].astype(self.dtype)
         if images is None:
-            return constrain(x, "batch", "tokens", None), None
+            return x, None
         if self.vision is None:
             raise ValueError("images came with the tokens of a model that reads text only; expected None")
         features, deepstack = self.vision(images, remat=self.remat, kernel=self.kernel)

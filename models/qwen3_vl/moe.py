@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from models.qwen3_vl.config import MoEConfig, TextConfig
+from models.qwen3_vl.grouped import grouped_matmul
 from models.qwen3_vl.layers import ACTIVATION_FUNCTIONS, Precision
 from sharding import RULES, constrain, spec
 
@@ -100,12 +101,12 @@ def _apply_experts(
     flat = x.reshape(-1, width)
     sorting = _sort(choice.reshape(len(flat), -1) - first, experts)
     rows = _dispatch(flat, sorting)
-    gate, up = jnp.split(jax.lax.ragged_dot(rows, gate_up.reshape(experts, width, -1), sorting.sizes), 2, axis=-1)
+    gate, up = jnp.split(grouped_matmul(rows, gate_up.reshape(experts, width, -1), sorting.sizes), 2, axis=-1)
     # The share weighs what goes in and not what comes out of `down`, which is wider.
     hidden = activation(gate) * up * share.reshape(-1)[sorting.pair, None].astype(x.dtype)
     is_used = jnp.arange(sorting.rows) < sorting.sizes.sum()
     hidden = jnp.where(is_used[:, None], hidden, 0)
-    return _combine(jax.lax.ragged_dot(hidden, down, sorting.sizes), sorting).reshape(x.shape)
+    return _combine(grouped_matmul(hidden, down, sorting.sizes), sorting).reshape(x.shape)
 
 
 def _sort(choice: Int[Array, "all chosen"], experts: int) -> _Sorting:
@@ -198,8 +199,6 @@ def _on_mesh(
     def with_all_tokens(x: Array, choice: Array, share: Array, gate_up: Array, down: Array) -> Array:
         first = jax.lax.axis_index(layout.experts) * len(gate_up)
         x, choice, share = (_gathered(part, moving, 0) for part in (x, choice, share))
-        # Said aloud: where indices differ between devices and what they index does not, its gradient is not summed up.
-        x, share = jax.lax.pcast((x, share), standing, to="varying")
         y = apply(x, choice, share, gate_up, down, first)
         y = jax.lax.psum(y, (*standing, *layout.hidden))
         return jax.lax.psum_scatter(y, moving, tiled=True) if moving else y
@@ -213,7 +212,11 @@ def _on_mesh(
     of_parameters = layout.of_parameters(whole=not experts_stay)
     automatic = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto}
     mapped = jax.shard_map(
-        body, in_specs=(of_tokens, of_tokens, of_tokens, *of_parameters), out_specs=of_tokens, axis_names=automatic
+        body,
+        in_specs=(of_tokens, of_tokens, of_tokens, *of_parameters),
+        out_specs=of_tokens,
+        axis_names=automatic,
+        check_vma=False,  # a kernel does not say on which axes its result varies
     )
     return mapped(x, choice, share, gate_up, down)
 

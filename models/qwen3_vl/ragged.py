@@ -13,7 +13,10 @@ SIZE = 128
 """Head sizes that the kernel takes are multiples of it."""
 BLOCK_TOKENS = 1024
 """Cached tokens that are looked at at a time: with 8 key-value heads, 4 MiB in bf16, and twice that in flight."""
-BLOCK_QUERIES = 32
+BLOCK_QUERIES = 128
+"""Queries for which keys and values are read once, where a row has so many. With 32, a v5p waits for its memory."""
+BLOCK_ROWS = 8
+"""Of rows with a query each, those that are computed together: all of them at each row's keys, one of them for use."""
 VMEM_BYTES = 32 * 2**20
 """Of a core's 64 MiB or more."""
 
@@ -26,6 +29,11 @@ def takes(config: PolicyConfig) -> bool:
         heads = f"{text.num_key_value_heads} key-value heads of {text.head_dim} in {parts} parts"
         say_once(f"{heads}: expected whole heads of a multiple of {SIZE}; decoding without the ragged kernel")
     return fits
+
+
+def queries_per_block(tokens: int, rows: int) -> int:
+    """Queries that the kernel looks at at a time, of `tokens` in `rows`."""
+    return min(tokens, BLOCK_ROWS if tokens == rows else BLOCK_QUERIES)
 
 
 def ragged_attention(
@@ -67,7 +75,7 @@ def _on_a_device(
         jnp.array([batch], jnp.int32),
         sm_scale=size**-0.5,
         num_kv_pages_per_block=min(table.shape[1], max(1, BLOCK_TOKENS // page)),
-        num_queries_per_block=min(batch * length, BLOCK_QUERIES),
+        num_queries_per_block=queries_per_block(batch * length, batch),
         vmem_limit_bytes=VMEM_BYTES,
     )
     return flat.reshape(queries.shape)

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from hdpo_jax.plan.hlo import Instruction, Module, dimensions
+from hdpo_jax.plan.hlo import Instruction, KernelCost, Module, dimensions
 from sharding import make_mesh
 
 # Products as the TPU's compiler writes them: plain, over two dimensions with a window, batched as a sliding window.
@@ -46,8 +46,8 @@ ENTRY %main (p: bf16[8,16]) -> bf16[8,16] {
 """
 
 
-def nothing(_: Instruction) -> float:
-    return 0.0
+def nothing(_: Instruction) -> KernelCost:
+    return KernelCost()
 
 
 def text_of(program, *arguments) -> str:
