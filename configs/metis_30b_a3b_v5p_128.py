@@ -16,7 +16,7 @@ def get_config() -> RLConfig:
     return replace(
         base,
         output="runs/metis_30b_a3b_v5p_128",
-        model=ModelConfig(path="Qwen3-VL-30B-A3B-Instruct", size="30B-A3B"),
+        model=ModelConfig(path="Qwen3-VL-30B-A3B-Instruct", size="30B-A3B", remat="save_attention"),
         rollout=replace(base.rollout, parameters="sharded"),
         train=replace(base.train, max_rows=1_024),
     )

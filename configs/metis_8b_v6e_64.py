@@ -1,6 +1,6 @@
 """HDPO on Qwen3-VL-8B on a v6e-64 slice (64 chips), with the hyperparameters of Metis-8B-RL (arXiv:2604.08545).
 
-As `metis_8b_v5p_128`, within a third of its memory: fewer slots, room for 1,024 rows of 40,960 tokens in a step (a
+As `metis_8b_v5p_128`, within a third of its memory: fewer slots, room for 512 rows of 40,960 tokens in a step (a
 fuller one compiles again), and a decoder that is split over the four chips of a row while sampling.
 Not run yet; what it takes, by program:
 
@@ -21,8 +21,8 @@ def get_config() -> RLConfig:
         topology="v6e:8x8",
         rollout=replace(
             base.rollout,
-            slots=128,
-            pages=64 * (24_576 // 128 + 2 * (16_384 // 128 + 1)),
+            slots=256,
+            pages=64 * (2 * 24_576 // 128 + 4 * (16_384 // 128 + 1)),
             shapes=((64, 256, 0), (64, 2_048, 0), (64, 4_096, 20_480)),
             parameters="sharded",
         ),

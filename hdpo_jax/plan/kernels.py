@@ -25,8 +25,8 @@ def kernel_costs(program: str, setting: Setting, workload: Workload) -> Kernels:
     by_name: Mapping[str, Callable[[Instruction, Shapes], KernelCost]] = {
         r"splash_mha_\w+": lambda call, given: _splash(call, given, workload),
         r"ragged_paged_attention": lambda call, given: _ragged(given, _rows(setting, program), program, workload),
-        r"ragged-dot-none": lambda call, given: _grouped(given[-2], given[-1], setting),
-        r"tgmm": lambda call, given: _grouped(given[-2], dimensions(call.shape), setting),
+        r"ragged-dot-none": lambda call, given: _grouped(_tile(call), given[-2], given[-1], setting),
+        r"tgmm": lambda call, given: _grouped(ROWS, given[-2], dimensions(call.shape), setting),
     }
 
     def cost(call: Instruction) -> KernelCost:
@@ -73,7 +73,13 @@ def _ragged(given: Shapes, rows: int, program: str, workload: Workload) -> Kerne
     return KernelCost(flops=4.0 * looks * block * keys * heads * size, bytes=read + 2 * tokens * heads * size * BF16)
 
 
-def _grouped(rows: list[int], matrices: list[int], setting: Setting) -> KernelCost:
+def _tile(call: Instruction) -> int:
+    """Rows of a tile, as the compiler chose them."""
+    found = re.search(r'ragged_dot_tiling="(\d+)', call.attributes)
+    return int(found[1]) if found else ROWS
+
+
+def _grouped(tile: int, rows: list[int], matrices: list[int], setting: Setting) -> KernelCost:
     """Grouped product of a mixture of experts, or its gradient; every expert is chosen as often as the others."""
     moe = setting.sizes.text.moe
     if moe is None:
@@ -82,5 +88,5 @@ def _grouped(rows: list[int], matrices: list[int], setting: Setting) -> KernelCo
     # There is room for all pairs that may be here; if the experts are spread, most are elsewhere.
     tokens = rows[0] / min(moe.num_experts_per_tok, groups)
     here = tokens * moe.num_experts_per_tok * groups / moe.num_experts
-    tiles = math.ceil(here / ROWS) + groups - 1  # one that two groups share is computed for each
-    return KernelCost(flops=2.0 * tiles * ROWS * inputs * outputs)
+    tiles = math.ceil(here / tile) + groups - 1  # one that two groups share is computed for each
+    return KernelCost(flops=2.0 * tiles * tile * inputs * outputs)

@@ -14,16 +14,19 @@ from tests.bench.table import Section, last_table, read_sections, with_summary, 
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DOCUMENT, README = ROOT / "docs" / "bench.md", ROOT / "README.md"
-BENCHMARKS = ("rollout", "update", "logprobs", "packing", "signs", "python_tool")
+BENCHMARKS = ("rollout", "update", "logprobs", "packing", "signs", "python_tool", "gpu")
 """In the order of the document."""
+BY_NAME_ONLY = ("gpu",)
+"""What needs another machine than the others."""
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the named benchmark, or all. 1 where one failed; the tables of the others are kept."""
+    """Runs the named benchmark, or all that run anywhere. 1 where one failed; the tables of the others are kept."""
     if arguments and arguments[0] not in BENCHMARKS:
         print(f"no benchmark is called {arguments[0]!r}; expected one of {', '.join(BENCHMARKS)}", file=sys.stderr)
         return 2
-    failed = [name for name in arguments[:1] or BENCHMARKS if not keep(name, arguments[1:])]
+    anywhere = [name for name in BENCHMARKS if name not in BY_NAME_ONLY]
+    failed = [name for name in arguments[:1] or anywhere if not keep(name, arguments[1:])]
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return bool(failed)
