@@ -65,7 +65,7 @@ def _splash(call: Instruction, given: Shapes, workload: Workload) -> KernelCost:
 def _ragged(given: Shapes, rows: int, program: str, workload: Workload) -> KernelCost:
     """Attention to pages: a block of queries reads what each of its rows has up to there."""
     (tokens, heads, size), (_, _, keys_and_values, _) = given
-    block = ragged.queries_per_block(tokens, rows)
+    block = ragged.queries_per_block(tokens, rows, heads // (keys_and_values // 2))
     # Each block looks with all of its queries at each row that one of them is of.
     looks = max(rows, math.ceil(tokens / block))
     keys = workload.keys(program, tokens // rows)

@@ -13,8 +13,9 @@ SIZE = 128
 """Head sizes that the kernel takes are multiples of it."""
 BLOCK_TOKENS = 1024
 """Cached tokens that are looked at at a time: with 8 key-value heads, 4 MiB in bf16, and twice that in flight."""
-BLOCK_QUERIES = 128
-"""Queries for which keys and values are read once, where a row has so many. With 32, a v5p waits for its memory."""
+BLOCK_QUERIES = 512
+"""Queries of a key-value head for which it is read once, all heads that share it counted. As many operations a byte let
+a v5p or v5e compute all the time; twice as many find no room beside the scores."""
 BLOCK_ROWS = 8
 """Of rows with a query each, those that are computed together: all of them at each row's keys, one of them for use."""
 VMEM_BYTES = 32 * 2**20
@@ -31,9 +32,9 @@ def takes(config: PolicyConfig) -> bool:
     return fits
 
 
-def queries_per_block(tokens: int, rows: int) -> int:
-    """Queries that the kernel looks at at a time, of `tokens` in `rows`."""
-    return min(tokens, BLOCK_ROWS if tokens == rows else BLOCK_QUERIES)
+def queries_per_block(tokens: int, rows: int, group: int) -> int:
+    """Tokens that the kernel looks at at a time, of `tokens` in `rows`; `group` heads share a key-value head."""
+    return min(tokens, BLOCK_ROWS if tokens == rows else max(BLOCK_QUERIES // group, 1))
 
 
 def ragged_attention(
@@ -75,7 +76,7 @@ def _on_a_device(
         jnp.array([batch], jnp.int32),
         sm_scale=size**-0.5,
         num_kv_pages_per_block=min(table.shape[1], max(1, BLOCK_TOKENS // page)),
-        num_queries_per_block=queries_per_block(batch * length, batch),
+        num_queries_per_block=queries_per_block(batch * length, batch, heads // (pages.shape[4] // 2)),
         vmem_limit_bytes=VMEM_BYTES,
     )
     return flat.reshape(queries.shape)

@@ -1,14 +1,18 @@
 """`hdpo plan` on a small slice, through the TPU's own compiler."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
 from hdpo_jax.commands import run_command
-from hdpo_jax.config import ConfigError
+from hdpo_jax.config import ConfigError, RLConfig
+from hdpo_jax.config_files import load_config
 from hdpo_jax.plan import command
+from hdpo_jax.plan.estimate import Estimate
 from hdpo_jax.plan.programs import learning_programs
+from hdpo_jax.plan.topology import Topology
 from models.qwen3_vl import Qwen3VLConfig, TextConfig, VisionConfig
 
 # Small, with the head sizes of the published models: 128 and 72.
@@ -88,6 +92,24 @@ def test_figures_are_counted_kept_and_told(config, tmp_path, monkeypatch, capsys
     captured = capsys.readouterr()
     assert "compiling" not in captured.err
     assert json.loads(captured.out) == found
+
+
+def test_a_verdict_adds_up_a_step_of_full_rows(config):
+    """16 rollouts for two rows of 768 + 256 tokens; a prefill computes eight rows of 512, on two chips' lanes."""
+
+    def taking(seconds: float) -> Estimate:
+        known = {field.name: 0.0 for field in dataclasses.fields(Estimate)}
+        return Estimate(**{**known, "seconds": seconds, "collectives": {"all-gather": 3e9}, "unknown_loops": ()})
+
+    asked = load_config(config, RLConfig)
+    programs = {"prefill": taking(6.0), "decode": taking(0.5), "update": taking(10.0)}
+    rate, step, sent = command.verdict(asked, Topology(asked.topology), programs)
+    assert rate == "at the roofline: 256 sampled tokens/s"  # 16 slots, 8 tokens, half a second
+    # Four prompts of 768 tokens are 1.5 times the 4 x 512 that a prefill computes; 512 tokens are sampled.
+    assert step == (
+        "a step of 16 rollouts, 32 sampled tokens each: 9 s of prefill, 2 s of decoding, 10 s of update, 0.0 chip-hours"
+    )
+    assert sent == "all-gather, GB a chip: prefill 3.00, decode 3.00, update 3.00"
 
 
 def test_a_plan_says_what_it_misses(config, tmp_path):
