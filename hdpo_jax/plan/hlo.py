@@ -237,26 +237,35 @@ class Module:
     def _fused_bytes(self, one: Instruction, around: Mapping[str, Instruction], called: str) -> float:
         """What a fusion reads and writes: of what it only slices, the slices; of what it updates, the update."""
         inside = self._computations[called]
-        users: dict[str, list[Instruction]] = defaultdict(list)
-        for each in inside.values():
-            for operand in each.operands:
-                users[operand].append(each)
         total = 0.0
         for parameter in (each for each in inside.values() if each.opcode == "parameter"):
             whole = around.get(one.operands[int(parameter.operands[0])])
-            if whole is None or _in_vmem(whole.shape):
-                continue
-            uses = users[parameter.name]
-            if uses and all(use.opcode in ("dynamic-slice", "gather", "slice") for use in uses):
-                total += sum(_bytes(use.shape, everywhere=True) for use in uses)
-            elif all(use.opcode in UPDATES and use.operands[0] == parameter.name for use in uses):
-                continue
-            else:
-                total += _bytes(whole.shape)
+            if whole is not None and not _in_vmem(whole.shape):
+                total += min(self._read_inside(parameter, inside), _bytes(whole.shape))
         root = next(each for each in inside.values() if each.is_root)
         if root.opcode in UPDATES and not _in_vmem(one.shape):
             return total + _bytes(inside[root.operands[UPDATES[root.opcode]]].shape, everywhere=True)
         return total + _bytes(one.shape)
+
+    def _read_inside(self, one: Instruction, inside: Mapping[str, Instruction]) -> float:
+        """Of what comes into a fusion as `one`: slices of it, also in fusions within, or all of it."""
+        total = 0.0
+        for use in (each for each in inside.values() if one.name in each.operands):
+            if use.opcode in ("dynamic-slice", "gather", "slice"):
+                total += _bytes(use.shape, everywhere=True)
+            elif use.opcode == "bitcast":
+                total += self._read_inside(use, inside)
+            elif use.opcode == "fusion":
+                within = self._computations[use.attribute("calls") or ""]
+                parameters = (each for each in within.values() if each.opcode == "parameter")
+                total += sum(
+                    self._read_inside(each, within)
+                    for each in parameters
+                    if use.operands[int(each.operands[0])] == one.name
+                )
+            elif use.opcode not in UPDATES or use.operands[0] != one.name:
+                total += _bytes(one.shape, everywhere=True)
+        return total
 
     def _sent(self, one: Instruction, kind: str) -> float:
         group = self._group(one.attributes)

@@ -13,9 +13,9 @@ SIZE = 128
 """Head sizes that the kernel takes are multiples of it."""
 BLOCK_TOKENS = 1024
 """Cached tokens that are looked at at a time: with 8 key-value heads, 4 MiB in bf16, and twice that in flight."""
-BLOCK_QUERIES = 512
-"""Queries of a key-value head for which it is read once, all heads that share it counted. As many operations a byte let
-a v5p or v5e compute all the time; twice as many find no room beside the scores."""
+BLOCK_QUERIES = 256
+"""Queries of a key-value head for which it is read once, all heads that share it counted: as many operations a byte let
+a v5p or v5e compute all the time. For twice as many a v5p has no room."""
 BLOCK_ROWS = 8
 """Of rows with a query each, those that are computed together: all of them at each row's keys, one of them for use."""
 VMEM_BYTES = 32 * 2**20

@@ -45,6 +45,43 @@ ENTRY %main (p: bf16[8,16]) -> bf16[8,16] {
 }
 """
 
+# A cache that is written in place, a slice of it that a fusion within a fusion takes, and a kernel whose attributes go
+# on over several lines.
+IN_PLACE_TEXT = """\
+HloModule jit_g
+
+%sliced (cache.1: bf16[64,128], at.1: s32[]) -> bf16[1,128] {
+  %cache.1 = bf16[64,128]{1,0} parameter(0)
+  %at.1 = s32[] parameter(1)
+  ROOT %slice = bf16[1,128]{1,0} dynamic-slice(%cache.1, %at.1, %at.1), dynamic_slice_sizes={1,128}
+}
+
+%read (cache.2: bf16[64,128], at.2: s32[]) -> bf16[1,128] {
+  %cache.2 = bf16[64,128]{1,0} parameter(0)
+  %at.2 = s32[] parameter(1)
+  %inner = bf16[1,128]{1,0} fusion(%cache.2, %at.2), kind=kLoop, calls=%sliced
+  ROOT %twice = bf16[1,128]{1,0} add(%inner, %inner)
+}
+
+%written (cache.3: bf16[64,128], at.3: s32[1], row.3: bf16[1,128]) -> bf16[64,128] {
+  %cache.3 = bf16[64,128]{1,0} parameter(0)
+  %at.3 = s32[1]{0} parameter(1)
+  %row.3 = bf16[1,128]{1,0} parameter(2)
+  ROOT %scatter = bf16[64,128]{1,0} scatter(%cache.3, %at.3, %row.3), to_apply=%sum
+}
+
+ENTRY %main (cache: bf16[64,128], at: s32[], place: s32[1]) -> bf16[64,128] {
+  %cache = bf16[64,128]{1,0} parameter(0)
+  %at = s32[] parameter(1)
+  %place = s32[1]{0} parameter(2)
+  %row = bf16[1,128]{1,0} fusion(%cache, %at), kind=kLoop, calls=%read
+  %new = bf16[1,128]{1,0} custom-call(%row, %cache), custom_call_target="tpu_custom_call", more={data={
+"layout": 1
+}}, metadata={op_name="jit(g)/look/pallas_call"}
+  ROOT %next = bf16[64,128]{1,0} fusion(%cache, %place, %new), kind=kCustom, calls=%written
+}
+"""
+
 
 def nothing(_: Instruction) -> KernelCost:
     return KernelCost()
@@ -65,6 +102,21 @@ def test_the_tpu_compilers_text():
     assert module.cost.flops == looped + summed + slid
     assert module.cost.collectives == {"all-gather": 32 * 16 * 2 * 3 / 4}
     assert module.unknown_loops == set()
+
+
+def test_what_is_sliced_or_written_in_place_moves_no_more_than_that():
+    seen = []
+
+    def kernel(call: Instruction) -> KernelCost:
+        seen.append(call.scope)
+        return KernelCost(flops=7, bytes=1_000)
+
+    cost = Module(IN_PLACE_TEXT, trips={}, kernels=kernel).cost
+    row, index = 128 * 2, 4
+    # Read and given; by the kernel's own account; written from what was given, and where to.
+    assert cost.bytes == (row + index + row) + 1_000 + (index + row + row)
+    assert cost.flops == 7
+    assert set(seen) == {"jit(g)/look/pallas_call"}
 
 
 def test_loops_are_multiplied_out():
