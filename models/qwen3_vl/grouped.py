@@ -19,7 +19,13 @@ def grouped_matmul(
 
     As `jax.lax.ragged_dot`, whose gradient by the matrices a TPU computes with every row for every group.
     """
-    return jax.lax.ragged_dot(rows, matrices, sizes)
+    return _product(rows, matrices, sizes)
+
+
+def _product(rows: Array, matrices: Array, sizes: Array) -> Array:
+    is_of_a_group = jnp.arange(len(rows)) < sizes.sum()
+    # A kernel may leave the other rows as its memory was, not even finite.
+    return jnp.where(is_of_a_group[:, None], jax.lax.ragged_dot(rows, matrices, sizes), 0)
 
 
 def matrix_gradients(
@@ -54,8 +60,7 @@ def _forward(rows: Array, matrices: Array, sizes: Array) -> tuple[Array, tuple[A
 
 def _backward(kept: tuple[Array, ...], slopes: Array) -> tuple[Array, Array, None]:
     rows, matrices, sizes = kept
-    of_rows = jax.lax.ragged_dot(slopes, matrices.swapaxes(1, 2), sizes)
-    return of_rows, matrix_gradients(rows, slopes, sizes), None
+    return _product(slopes, matrices.swapaxes(1, 2), sizes), matrix_gradients(rows, slopes, sizes), None
 
 
 grouped_matmul.defvjp(_forward, _backward)

@@ -79,10 +79,6 @@ class _Sorting(NamedTuple):
     sizes: Int[Array, " experts"]
     """Pairs of each expert here."""
 
-    @property
-    def rows(self) -> int:
-        return len(self.token)
-
 
 def _apply_experts(
     activation: Callable[[Array], Array],
@@ -104,8 +100,6 @@ def _apply_experts(
     gate, up = jnp.split(grouped_matmul(rows, gate_up.reshape(experts, width, -1), sorting.sizes), 2, axis=-1)
     # The share weighs what goes in and not what comes out of `down`, which is wider.
     hidden = activation(gate) * up * share.reshape(-1)[sorting.pair, None].astype(x.dtype)
-    is_used = jnp.arange(sorting.rows) < sorting.sizes.sum()
-    hidden = jnp.where(is_used[:, None], hidden, 0)
     return _combine(grouped_matmul(hidden, down, sorting.sizes), sorting).reshape(x.shape)
 
 
