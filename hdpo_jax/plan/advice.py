@@ -14,13 +14,13 @@ def advice(config: RLConfig, programs: Mapping[str, Estimate], limit: float) -> 
     learning = [one for name, one in over.items() if name in ("update", "sft_step")]
     if learning:
         worst = max(learning, key=lambda one: one.hbm_bytes)
-        if worst.temporary_bytes > worst.argument_bytes:
+        if worst.temporary_bytes >= worst.argument_bytes:
             if config.model.remat == "nothing":
                 yield "model.remat full: layers are computed again instead of kept"
             yield f"mesh.context {2 * config.mesh.context}: a row's tokens are split over twice as many devices"
             if config.train.row_patches:
                 yield f"train.row_patches {config.train.row_patches // 2}: half the images a row"
-        else:
+        if worst.argument_bytes >= worst.temporary_bytes:
             yield f"train.max_rows {config.train.max_rows // 2}: room for half the rows; a fuller step compiles again"
             if config.optimizer.moments == "float32":
                 yield "optimizer.moments bfloat16: half the optimizer's memory"

@@ -61,7 +61,7 @@ def _estimates(config: RLConfig, topology: Topology, console: Console) -> Iterat
             found = estimate(name, program, setting, topology)
             console.print(f"  {found.compile_seconds:.0f} s", highlight=False)
         except DoesNotFit as error:
-            found = Estimate.too_large(error.needed)
+            found = Estimate.too_large(topology.chip.devices * error.needed)
             console.print(f"  no room: it asks for {error}", highlight=False)
         for scope in found.unknown_loops:
             console.print(f"  counted once, its length is not known: {scope}", highlight=False)

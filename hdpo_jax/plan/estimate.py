@@ -44,11 +44,12 @@ class Estimate:
 
     @classmethod
     def too_large(cls, needed: float) -> "Estimate":
-        """Of a program that was not compiled: only its temporaries are known, and nothing of what it does."""
+        """Of a program that the compiler refused: what it needs is known, but neither what of it is temporary, nor
+        what the program does."""
         return cls(
             hbm_bytes=needed,
             argument_bytes=0,
-            temporary_bytes=needed,
+            temporary_bytes=0,
             flops=0,
             model_flops=0,
             bytes_moved=0,
@@ -64,7 +65,7 @@ class Estimate:
 
 
 class DoesNotFit(Exception):
-    """The compiler found no room; `needed` bytes of temporaries, as far as it says."""
+    """The compiler found no room; `needed` bytes of a device, arguments included, as far as it says."""
 
     def __init__(self, needed: float):
         super().__init__(f"{needed / 2**30:.1f} GiB")

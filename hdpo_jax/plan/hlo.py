@@ -243,9 +243,22 @@ class Module:
             if whole is not None and not _in_vmem(whole.shape):
                 total += min(self._read_inside(parameter, inside), _bytes(whole.shape))
         root = next(each for each in inside.values() if each.is_root)
-        if root.opcode in UPDATES and not _in_vmem(one.shape):
-            return total + _bytes(inside[root.operands[UPDATES[root.opcode]]].shape, everywhere=True)
-        return total + _bytes(one.shape)
+        return total + self._written_inside(root, inside, one.results)
+
+    def _written_inside(self, one: Instruction, inside: Mapping[str, Instruction], shapes: list[str]) -> float:
+        """Of what comes out of a fusion as `one`, which has these shapes outside: an update in place, or all of it."""
+        if one.opcode == "tuple":
+            parts = zip(one.operands, shapes, strict=True)
+            return sum(self._written_inside(inside[name], inside, [shape]) for name, shape in parts)
+        if len(shapes) == 1 and not _in_vmem(shapes[0]):
+            if one.opcode in UPDATES:
+                return _bytes(inside[one.operands[UPDATES[one.opcode]]].shape, everywhere=True)
+            if one.opcode == "bitcast":
+                return self._written_inside(inside[one.operands[0]], inside, shapes)
+            if one.opcode == "fusion":
+                within = self._computations[one.attribute("calls") or ""]
+                return self._written_inside(next(each for each in within.values() if each.is_root), within, shapes)
+        return sum(_bytes(shape) for shape in shapes)
 
     def _read_inside(self, one: Instruction, inside: Mapping[str, Instruction]) -> float:
         """Of what comes into a fusion as `one`: slices of it, also in fusions within, or all of it."""

@@ -63,12 +63,12 @@ def _splash(call: Instruction, given: Shapes, workload: Workload) -> KernelCost:
 
 
 def _ragged(given: Shapes, rows: int, program: str, workload: Workload) -> KernelCost:
-    """Attention to pages: a block of queries reads what each of its rows has up to there."""
+    """Attention to pages: a block of queries reads all that each of its rows has, and what comes later for nothing."""
     (tokens, heads, size), (_, _, keys_and_values, _) = given
     block = ragged.queries_per_block(tokens, rows, heads // (keys_and_values // 2))
     # Each block looks with all of its queries at each row that one of them is of.
     looks = max(rows, math.ceil(tokens / block))
-    keys = workload.keys(program, tokens // rows)
+    keys = workload.before(program, tokens // rows) + (tokens // rows if tokens > rows else 0)
     read = looks * keys * keys_and_values * size * BF16
     return KernelCost(flops=4.0 * looks * block * keys * heads * size, bytes=read + 2 * tokens * heads * size * BF16)
 

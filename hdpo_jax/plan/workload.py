@@ -35,10 +35,18 @@ class Workload:
     def tokens(self) -> int:
         return self.prompt + self.response
 
+    def before(self, program: str, tokens: int) -> float:
+        """Tokens of a row, on average, that stand before the `tokens` which a program computes of it at a time."""
+        known = {
+            "prefill": max(self.prompt - tokens, 0) / 2,  # piece by piece
+            "append": self.prompt,
+            "decode": self.prompt + self.response / 2,
+        }
+        return known.get(program, 0)
+
     def keys(self, program: str, tokens: int = 1) -> float:
-        """That a token of a program sees, on average, if it comes with `tokens` that follow each other."""
-        before = {"decode": self.prompt + self.response / 2, "append": self.prompt}.get(program, 0)
-        return before + (tokens / 2 if program != "decode" else 0)
+        """That each of those tokens sees, on average."""
+        return self.before(program, tokens) + (tokens / 2 if tokens > 1 else 0)
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,7 @@ def _by_stretches(visibility: Visibility, keys: int, interpret: bool) -> RowKern
 def _stretches(visibility: Visibility, keys: int) -> tuple[Int[Array, "queries 2"], Int[Array, "queries 2"]]:
     """Where the two stretches of keys that each query sees begin and end: its prefix (may be empty), and its own.
 
-    The tokens of a segment stand together in their row. Padding sees itself: the kernel divides by what is seen.
+    Padding sees itself: the kernel divides by what is seen.
     """
     query_ids, prefix_ids, key_ids, index = visibility
     if index is None:
@@ -128,12 +128,14 @@ def _stretches(visibility: Visibility, keys: int) -> tuple[Int[Array, "queries 2
     else:
         prefix_ids = query_ids if prefix_ids is None else prefix_ids
         at = jnp.arange(keys)
-        start = jax.ops.segment_min(at, key_ids, keys + 1)
-        stop = jax.ops.segment_max(at, key_ids, keys + 1) + 1
+        # A prefix may have no tokens (of a prompt of one, which begins its responses): an empty stretch, not the
+        # smallest and the largest number that there are.
+        start = jnp.minimum(jax.ops.segment_min(at, key_ids, keys + 1), keys)
+        stop = jnp.maximum(jax.ops.segment_max(at, key_ids, keys + 1), -1) + 1
         apart = (query_ids != prefix_ids) & (prefix_ids > 0)
         own_start = jnp.where(query_ids > 0, start[query_ids], index)
         prefix_start = jnp.where(apart, start[prefix_ids], 0)
-        prefix_stop = jnp.where(apart, stop[prefix_ids], 0)
+        prefix_stop = jnp.where(apart, jnp.maximum(stop[prefix_ids], prefix_start), 0)
     return jnp.stack([prefix_start, own_start], axis=-1), jnp.stack([prefix_stop, index + 1], axis=-1)
 
 

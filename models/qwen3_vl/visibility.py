@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Int
 class Visibility(NamedTuple):
     """Which keys a query sees; each rule that is given narrows it.
 
-    Where rows are causal, the tokens of a segment stand together.
+    Where rows are causal, the tokens of a segment stand together, and the segments that share a prefix behind it.
     """
 
     query_ids: Int[Array, "batch queries"] | None = None

@@ -20,14 +20,16 @@ def main(size: str) -> int:
     from tests.bench import gpu_ours, gpu_torch
 
     sizes = SIZES[size]
-    with Child() as child:
-        name = child.call(gpu_ours.device)
+    with Child() as ours, Child() as peer:
+        name, other = ours.call(gpu_ours.device), peer.call(gpu_torch.name)
     try:
         chip = chip_of(name)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 1
-    print(f"on {name}", flush=True)
+    if name != other or (name == "cpu" and size != "tiny"):
+        print(f"JAX runs on {name!r}, torch on {other!r}; expected both on one GPU", file=sys.stderr)
+        return 1
     # A process for each: what one leaves in the device's memory, the next would lack.
     with Child() as child:
         config = child.call(gpu_ours.config_of, sizes)
@@ -39,11 +41,12 @@ def main(size: str) -> int:
         learned = child.call(gpu_ours.learn, sizes)
     with Child() as child:
         peer_step = child.call(gpu_torch.learn, config, sizes)
-    print(markdown(table(sizes, chip, ours, peer, learned, peer_step)))
+    print(markdown(table(name, sizes, chip, ours, peer, learned, peer_step)))
     return 0
 
 
 def table(
+    name: str,
     sizes: Sizes,
     chip: Chip,
     ours: dict[str, float],
@@ -53,12 +56,12 @@ def table(
 ) -> list[Row]:
     def against(what: str, ours: float, peer: float, need: float, limit: float) -> Row:
         """A share of what the chip could do, from seconds."""
-        return Row(f"GPU: {what}", 100 * need / limit / ours, 100 * need / limit / peer, peer / ours, unit="%")
+        return Row(f"{name}: {what}", 100 * need / limit / ours, 100 * need / limit / peer, peer / ours, unit="%")
 
     step, peers = ours["decode"], peer["decode"]
     how = "torch.compile" if peer["compiled"] else "no torch.compile"
     return [
-        Row(f"GPU: decoded tokens/s ({how})", sizes.rows / step, sizes.rows / peers, peers / step),
+        Row(f"{name}: decoded tokens/s ({how})", sizes.rows / step, sizes.rows / peers, peers / step),
         against("HBM share of a decode step", step, peers, ours["decode_bytes"], chip.bandwidth),
         against("prefill MFU", ours["prefill"], peer["prefill"], ours["prefill_flops"], chip.flops),
         against("train step MFU", learned["seconds"], peer_step, learned["flops"], chip.flops),

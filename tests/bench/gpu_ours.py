@@ -68,8 +68,9 @@ def decode(sizes: Sizes) -> dict[str, float]:
         cache = jax.block_until_ready(programs.empty_cache())
         seconds, cache = timed(programs.extend, params, cache, extension)
         prefills.append(seconds)
-        seconds, _ = timed(programs.decode, laid_out, cache, running)
+        seconds, (cache, _) = timed(programs.decode, laid_out, cache, running)
         decodes.append(seconds / sizes.new_tokens)
+        del cache  # two may be more than there is room for
 
     need = Need(config)
     text = config.text

@@ -90,6 +90,11 @@ def tokens(rows: int, length: int) -> torch.Tensor:
     return torch.randint(0, 1_000, (rows, length), generator=generator).to(device())
 
 
+def name() -> str:
+    """Of the device, as JAX calls it, too."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -11,7 +11,12 @@ def test_both_sides_run(capsys):
     assert gpu.main("tiny") == 0
     printed = capsys.readouterr().out
     for row in ("decoded tokens/s (no torch.compile)", "HBM share of a decode step", "prefill MFU", "train step MFU"):
-        assert f"| GPU: {row} |" in printed
+        assert f"| cpu: {row} |" in printed
+
+
+def test_figures_of_a_machine_without_a_gpu_are_not_taken_for_those_of_one(capsys):
+    assert gpu.main("4B") == 1
+    assert capsys.readouterr().err == "JAX runs on 'cpu', torch on 'cpu'; expected both on one GPU\n"
 
 
 def test_an_unknown_chip_is_named():

@@ -12,7 +12,7 @@ import pytest
 from jax._src import literals
 from jax.experimental.pallas import tpu as pltpu
 
-from models.qwen3_vl import Cache, KVCache, Qwen3VLConfig, RaggedCache, cache_for
+from models.qwen3_vl import Cache, KVCache, Qwen3VLConfig, RaggedCache, cache_for, ragged
 from models.qwen3_vl.attention import paged_attention
 from models.qwen3_vl.cache import unshared_table
 from models.qwen3_vl.sizes import published_config
@@ -62,7 +62,10 @@ def attended(layout: type[KVCache] | type[RaggedCache], tokens: int, lanes: int)
 
 @pytest.mark.parametrize("tokens", [1, 20], ids=["a decode step", "an observation"])
 @pytest.mark.parametrize("axes", [{}, {"fsdp": 2, "tensor": 2}], ids=["one device", "lanes and heads split"])
-def test_the_kernel_computes_what_the_loop_over_pages_does(interpreted, tokens, axes):
+def test_the_kernel_computes_what_the_loop_over_pages_does(interpreted, tokens, axes, monkeypatch):
+    """Also where the queries of a row, and the rows of a decode step, are several blocks."""
+    monkeypatch.setattr(ragged, "BLOCK_QUERIES", 32)  # 16 tokens, for two heads share keys
+    monkeypatch.setattr(ragged, "BLOCK_ROWS", 2)
     expected = attended(KVCache, tokens, lanes=2)
     with jax.set_mesh(make_mesh(axes or {"data": 1}, jax.devices()[: 4 if axes else 1])):
         found = attended(RaggedCache, tokens, lanes=2)

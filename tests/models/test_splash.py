@@ -74,14 +74,19 @@ def test_the_kernel_computes_what_the_products_do(visibility, axes):
 
 
 def packed_row(random: np.random.Generator, tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """Segments and the prefixes that they see: prompts, each with some responses after it, and padding, by chance."""
+    """Segments and the prefixes that they see: prompts, each with some responses after it, and padding, by chance.
+
+    Now and then a prompt has no tokens, though its responses name it.
+    """
     ids, prefixes = np.zeros((2, tokens), np.int32)
     at = number = 0
     while at < tokens and random.random() < 0.95:
         prompt = number + 1
         for _ in range(random.integers(1, 7)):
-            end = min(tokens, at + random.integers(1, random.choice([10, 100, 700])))
             number += 1
+            if number == prompt and random.random() < 0.2:
+                continue
+            end = min(tokens, at + random.integers(1, random.choice([10, 100, 700])))
             ids[at:end], prefixes[at:end] = number, prompt
             at = end
     return ids, prefixes

@@ -95,19 +95,20 @@ def test_figures_are_counted_kept_and_told(config, tmp_path, monkeypatch, capsys
 
 
 def test_a_verdict_adds_up_a_step_of_full_rows(config):
-    """16 rollouts for two rows of 768 + 256 tokens; a prefill computes eight rows of 512, on two chips' lanes."""
+    """16 rollouts for two rows of 768 + 256 tokens; a prefill computes four rows of 512, one a lane."""
 
     def taking(seconds: float) -> Estimate:
         known = {field.name: 0.0 for field in dataclasses.fields(Estimate)}
         return Estimate(**{**known, "seconds": seconds, "collectives": {"all-gather": 3e9}, "unknown_loops": ()})
 
     asked = load_config(config, RLConfig)
-    programs = {"prefill": taking(6.0), "decode": taking(0.5), "update": taking(10.0)}
+    programs = {"prefill": taking(6_000), "decode": taking(0.5), "update": taking(10_000)}
     rate, step, sent = command.verdict(asked, Topology(asked.topology), programs)
     assert rate == "at the roofline: 256 sampled tokens/s"  # 16 slots, 8 tokens, half a second
     # Four prompts of 768 tokens are 1.5 times the 4 x 512 that a prefill computes; 512 tokens are sampled.
     assert step == (
-        "a step of 16 rollouts, 32 sampled tokens each: 9 s of prefill, 2 s of decoding, 10 s of update, 0.0 chip-hours"
+        "a step of 16 rollouts, 32 sampled tokens each: 9,000 s of prefill, 2 s of decoding, 10,000 s of update, "
+        "21.1 chip-hours"  # 19,002 s on four chips
     )
     assert sent == "all-gather, GB a chip: prefill 3.00, decode 3.00, update 3.00"
 

@@ -1,5 +1,7 @@
 """What is counted of TPU kernels, and of the memory that programs need, through the TPU's own compiler."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -13,7 +15,7 @@ from hdpo_jax.plan.kernels import kernel_costs
 from hdpo_jax.plan.programs import Program, Setting
 from hdpo_jax.plan.topology import GIB, Topology
 from hdpo_jax.plan.workload import Workload
-from models.qwen3_vl import MoEConfig, Qwen3VLConfig, TextConfig, VisionConfig
+from models.qwen3_vl import MoEConfig, Qwen3VLConfig, TextConfig, VisionConfig, ragged
 from models.qwen3_vl.grouped import grouped_matmul
 from sharding import make_mesh
 
@@ -63,6 +65,19 @@ def test_attention_to_pages_is_counted_by_what_is_looked_at(setting):
     keys = 1_000 + 600 / 2
     assert found.flops == 4 * 16 * 8 * keys * 8 * 128
     assert found.bytes == 2 * (16 * keys * 4 * 128 + 2 * 16 * 8 * 128)
+
+
+def test_a_piece_of_a_prompt_is_counted_with_what_stands_before_it(setting):
+    """One row of 512 tokens a lane: four heads share a key-value head, so 64 tokens are looked at at a time."""
+    config = dataclasses.replace(setting.config, rollout=RolloutConfig(slots=16, shapes=((1, 512, 0),)))
+    setting = dataclasses.replace(setting, config=config)
+    given = "s32[1]{0}, s32[1,20]{1,0}, bf16[512,8,128]{2,1,0}, bf16[9999,64,4,128]{3,2,1,0}"
+    kernel = call("ragged_paged_attention_kernel", "bf16[512,8,128]{2,1,0}", given)
+    found = kernel_costs("prefill", setting, WORKLOAD)(kernel)
+    assert ragged.BLOCK_QUERIES // 4 == 64
+    keys = (1_000 - 512) / 2 + 512
+    assert found.flops == 4 * 512 * keys * 8 * 128
+    assert found.bytes == 2 * (512 / 64 * keys * 4 * 128 + 2 * 512 * 8 * 128)
 
 
 def test_attention_of_rows_is_counted_by_phase(setting):
