@@ -118,21 +118,18 @@ def table(topology: Topology, programs: Mapping[str, Estimate]) -> Table:
 
 def verdict(config: RLConfig, topology: Topology, programs: Mapping[str, Estimate]) -> Iterator[str]:
     """What a step takes at the roofline whose rows are full, each of a prompt and a response at their longest."""
-    setting = Setting.of(config, sizes_of(config), topology.devices())
-    workload = Workload.of(config, setting.sizes)
-    needed = [programs.get(name) for name in ("prefill", "decode", "update")]
-    if all(one and one.seconds for one in needed):
-        prefill, decode, update = (one.seconds for one in needed if one)
-        rate = config.rollout.slots * config.rollout.chunk / decode
+    workload = Workload.of(config, sizes_of(config))
+    prefill, decode, update = (programs[name] for name in ("prefill", "decode", "update"))
+    if prefill.seconds and decode.seconds and update.seconds:
+        rate = decode.tokens / decode.seconds
         rollouts = config.train.prompts_per_step * config.train.group_size
         sampled = min(rollouts, workload.rows) * workload.response
-        rows, tokens, _ = setting.extension("prefill")
-        prefilling = prefill * config.train.prompts_per_step * workload.prompt / (rows * tokens)
-        step = prefilling + sampled / rate + update
+        prefilling = prefill.seconds * config.train.prompts_per_step * workload.prompt / prefill.tokens
+        step = prefilling + sampled / rate + update.seconds
         yield f"at the roofline: {rate:,.0f} sampled tokens/s"
         yield (
             f"a step of {rollouts:,} rollouts, {sampled / rollouts:,.0f} sampled tokens each: {prefilling:,.0f} s of "
-            f"prefill, {sampled / rate:,.0f} s of decoding, {update:,.0f} s of update, "
+            f"prefill, {sampled / rate:,.0f} s of decoding, {update.seconds:,.0f} s of update, "
             f"{step * topology.chips / 3600:,.1f} chip-hours"
         )
     kinds = {kind for one in programs.values() for kind in one.collectives}

@@ -32,6 +32,8 @@ class Estimate:
     """Arguments, results and temporaries when they are most, and the code: what the compiler refuses programs by."""
     argument_bytes: float
     temporary_bytes: float
+    tokens: float
+    """That one call computes, on all chips."""
     flops: float
     model_flops: float
     bytes_moved: float
@@ -50,6 +52,7 @@ class Estimate:
             hbm_bytes=needed,
             argument_bytes=0,
             temporary_bytes=0,
+            tokens=0,
             flops=0,
             model_flops=0,
             bytes_moved=0,
@@ -97,6 +100,7 @@ def estimate(name: str, program: Program, setting: Setting, topology: Topology) 
         hbm_bytes=cores * needed,
         argument_bytes=cores * arguments,
         temporary_bytes=cores * (needed - arguments),
+        tokens=tokens_of(name, setting),
         flops=cores * cost.flops,
         model_flops=model_flops(name, setting, workload) / topology.chips,
         bytes_moved=cores * cost.bytes,
@@ -156,11 +160,22 @@ def loop_trips(setting: Setting, workload: Workload) -> Mapping[str, float]:
     }
 
 
+def tokens_of(name: str, setting: Setting) -> int:
+    """How many tokens one call of a program computes, on all chips."""
+    rollout, train = setting.config.rollout, setting.config.train
+    if name == "decode":
+        return rollout.slots * rollout.chunk
+    if name in ("prefill", "append"):
+        rows, tokens, _ = setting.extension(name)
+        return rows * tokens
+    return train.max_rows * train.row_tokens
+
+
 def model_flops(name: str, setting: Setting, workload: Workload) -> float:
     """What the model itself needs for what the program does, on all chips."""
     config, need = setting.config, Need(setting.sizes)
     if name == "decode":
-        tokens = config.rollout.slots * config.rollout.chunk
+        tokens = tokens_of(name, setting)
         return need.tokens(tokens, workload.keys(name)) + need.logits(tokens)
     if name in ("prefill", "append"):
         rows, tokens, patches = setting.extension(name)

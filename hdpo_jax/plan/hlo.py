@@ -169,10 +169,10 @@ class Module:
     def _counted(self, condition: str, body: str) -> float | None:
         """The bound that a counter is compared with, over what the body adds to it; None if it is no constant."""
         inside = self._computations[condition]
-        root = next(one for one in inside.values() if one.is_root)
+        root = _root(inside)
         if root.opcode == "fusion":
             called = self._computations[root.attribute("calls") or ""]
-            test = next(one for one in called.values() if one.is_root)
+            test = _root(called)
             parameters = {one.name: int(one.operands[0]) for one in called.values() if one.opcode == "parameter"}
             operands = [root.operands[parameters[name]] if name in parameters else name for name in test.operands]
             inside = {**called, **inside}
@@ -189,7 +189,7 @@ class Module:
     def _added(self, body: str, index: str) -> int:
         """What a body adds to an element of its tuple; 1 where that is not plain to see."""
         inside = self._computations[body]
-        root = next(one for one in inside.values() if one.is_root)
+        root = _root(inside)
         total, name = 0, root.operands[int(index)] if root.opcode == "tuple" else ""
         while (one := inside.get(name)) is not None and one.opcode in ("add", "copy", "fusion"):
             constants = [step for operand in one.operands if (step := _constant(inside.get(operand))) is not None]
@@ -242,8 +242,7 @@ class Module:
             whole = around.get(one.operands[int(parameter.operands[0])])
             if whole is not None and not _in_vmem(whole.shape):
                 total += min(self._read_inside(parameter, inside), _bytes(whole.shape))
-        root = next(each for each in inside.values() if each.is_root)
-        return total + self._written_inside(root, inside, one.results)
+        return total + self._written_inside(_root(inside), inside, one.results)
 
     def _written_inside(self, one: Instruction, inside: Mapping[str, Instruction], shapes: list[str]) -> float:
         """Of what comes out of a fusion as `one`, which has these shapes outside: an update in place, or all of it."""
@@ -257,7 +256,7 @@ class Module:
                 return self._written_inside(inside[one.operands[0]], inside, shapes)
             if one.opcode == "fusion":
                 within = self._computations[one.attribute("calls") or ""]
-                return self._written_inside(next(each for each in within.values() if each.is_root), within, shapes)
+                return self._written_inside(_root(within), within, shapes)
         return sum(_bytes(shape) for shape in shapes)
 
     def _read_inside(self, one: Instruction, inside: Mapping[str, Instruction]) -> float:
@@ -299,6 +298,11 @@ class Module:
         if found := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
             return len(found[1].split(","))
         return self._devices
+
+
+def _root(computation: Mapping[str, Instruction]) -> Instruction:
+    """What a computation gives."""
+    return next(one for one in computation.values() if one.is_root)
 
 
 def _is_kernel(one: Instruction) -> bool:

@@ -20,8 +20,9 @@ def main(size: str) -> int:
     from tests.bench import gpu_ours, gpu_torch
 
     sizes = SIZES[size]
-    with Child() as ours, Child() as peer:
-        name, other = ours.call(gpu_ours.device), peer.call(gpu_torch.name)
+    with Child() as child, Child() as other_child:
+        name, config = child.call(gpu_ours.device), child.call(gpu_ours.config_of, sizes)
+        other = other_child.call(gpu_torch.name)
     try:
         chip = chip_of(name)
     except ValueError as error:
@@ -31,8 +32,6 @@ def main(size: str) -> int:
         print(f"JAX runs on {name!r}, torch on {other!r}; expected both on one GPU", file=sys.stderr)
         return 1
     # A process for each: what one leaves in the device's memory, the next would lack.
-    with Child() as child:
-        config = child.call(gpu_ours.config_of, sizes)
     with Child() as child:
         ours = child.call(gpu_ours.decode, sizes)
     with Child() as child:

@@ -22,10 +22,9 @@ from models.qwen3_vl import Qwen3VL, Qwen3VLConfig
 from models.qwen3_vl.attention import kernel_for
 from models.qwen3_vl.cache import unshared_table
 from models.qwen3_vl.sizes import published_config
-from tests.bench.gpu_sizes import Sizes
+from tests.bench.gpu_sizes import ROUNDS, Sizes
 
 PAGE = 64
-ROUNDS = 5
 
 
 def device() -> str:
@@ -151,13 +150,18 @@ def slots(sizes: Sizes, table: np.ndarray) -> Running:
         return np.full(sizes.rows, value, np.int32)
 
     identity = np.stack([each(0), each(0), np.arange(sizes.rows, dtype=np.int32)], axis=1)
-    given: list[Any] = [table, each(1), each(sizes.prompt), each(sizes.prompt + sizes.new_tokens), each(0), identity]
-    return Running(*given, *_empty(sizes))
-
-
-def _empty(sizes: Sizes) -> list[Any]:
-    """No last tokens that a stop sequence could begin with, every slot at work, nothing shared."""
-    return [np.zeros((sizes.rows, 0), np.int32), np.ones(sizes.rows, bool), None]
+    given: dict[str, Any] = {
+        "table": table,
+        "pending": each(1),
+        "length": each(sizes.prompt),
+        "limit": each(sizes.prompt + sizes.new_tokens),
+        "offset": each(0),
+        "identity": identity,
+        "recent": np.zeros((sizes.rows, 0), np.int32),  # no stop sequence is longer than a token
+        "active": np.ones(sizes.rows, bool),
+        "shared": None,
+    }
+    return Running(**given)
 
 
 def width(sizes: Sizes) -> int:

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+ROUNDS = 5
+"""Of which the median counts; one more before, which compiles."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:

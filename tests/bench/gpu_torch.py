@@ -8,9 +8,7 @@ from typing import Any
 import torch
 import transformers
 
-from tests.bench.gpu_sizes import Sizes
-
-ROUNDS = 5
+from tests.bench.gpu_sizes import ROUNDS, Sizes
 
 
 def decode(config: dict[str, Any], sizes: Sizes) -> dict[str, float]:
@@ -49,9 +47,8 @@ def decode(config: dict[str, Any], sizes: Sizes) -> dict[str, float]:
     if torch.cuda.is_available():
         try:
             return measured(compiled=True)
-        except (
-            Exception
-        ) as error:  # whatever torch.compile does not know of this model: the plain loop is the peer then
+        except Exception as error:
+            # Whatever torch.compile does not know of this model: the plain loop is the peer then.
             print(f"without torch.compile: {str(error).splitlines()[0]}", flush=True)
     return measured(compiled=False)
 

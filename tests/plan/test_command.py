@@ -10,8 +10,8 @@ from hdpo_jax.commands import run_command
 from hdpo_jax.config import ConfigError, RLConfig
 from hdpo_jax.config_files import load_config
 from hdpo_jax.plan import command
-from hdpo_jax.plan.estimate import Estimate
-from hdpo_jax.plan.programs import learning_programs
+from hdpo_jax.plan.estimate import Estimate, sizes_of, tokens_of
+from hdpo_jax.plan.programs import Setting, learning_programs
 from hdpo_jax.plan.topology import Topology
 from models.qwen3_vl import Qwen3VLConfig, TextConfig, VisionConfig
 
@@ -97,13 +97,18 @@ def test_figures_are_counted_kept_and_told(config, tmp_path, monkeypatch, capsys
 def test_a_verdict_adds_up_a_step_of_full_rows(config):
     """16 rollouts for two rows of 768 + 256 tokens; a prefill computes four rows of 512, one a lane."""
 
-    def taking(seconds: float) -> Estimate:
-        known = {field.name: 0.0 for field in dataclasses.fields(Estimate)}
-        return Estimate(**{**known, "seconds": seconds, "collectives": {"all-gather": 3e9}, "unknown_loops": ()})
-
     asked = load_config(config, RLConfig)
-    programs = {"prefill": taking(6_000), "decode": taking(0.5), "update": taking(10_000)}
-    rate, step, sent = command.verdict(asked, Topology(asked.topology), programs)
+    topology = Topology(asked.topology)
+    setting = Setting.of(asked, sizes_of(asked), topology.devices())
+
+    def taking(name: str, seconds: float) -> Estimate:
+        known = {field.name: 0.0 for field in dataclasses.fields(Estimate)}
+        found = {"tokens": tokens_of(name, setting), "seconds": seconds, "collectives": {"all-gather": 3e9}}
+        return Estimate(**{**known, **found, "unknown_loops": ()})
+
+    seconds = {"prefill": 6_000, "decode": 0.5, "update": 10_000}
+    programs = {name: taking(name, each) for name, each in seconds.items()}
+    rate, step, sent = command.verdict(asked, topology, programs)
     assert rate == "at the roofline: 256 sampled tokens/s"  # 16 slots, 8 tokens, half a second
     # Four prompts of 768 tokens are 1.5 times the 4 x 512 that a prefill computes; 512 tokens are sampled.
     assert step == (
