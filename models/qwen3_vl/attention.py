@@ -9,27 +9,26 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from models.policy import PolicyConfig
-from models.qwen3_vl import ragged, splash
+from models.qwen3_vl import cudnn, flash_decoding, ragged, splash
 from models.qwen3_vl.cache import Cache, KVCache, RaggedCache, SharedPages, by_lane
 from models.qwen3_vl.layers import ATTENTION
-from models.qwen3_vl.visibility import Visibility
+from models.qwen3_vl.visibility import HIDDEN, Visibility
 from sharding import constrain, shards
 
-# Finite, so that a query that sees nothing (padding) gives an average and not NaN, forward and backward.
-HIDDEN = -1e30
 CAUSAL_BLOCK = 128
 """Queries of whole rows that are computed at a time, at least."""
 BLOCK_TOKENS = 256
 """Cached tokens that many queries look at at a time; a single query looks at a page."""
 
 
-Kernel = Literal["xla", "splash"]
-"""What computes the attention of whole rows: XLA's products everywhere, the splash kernel on a TPU."""
+Kernel = Literal["xla", "splash", "cudnn"]
+"""What computes attention: XLA's products everywhere, a kernel on a TPU, another on a GPU."""
 
 
 def kernel_for(platform: str) -> Kernel:
     """What suits the devices of a platform, by JAX's name of it."""
-    return "splash" if platform == "tpu" else "xla"
+    kernels: dict[str, Kernel] = {"tpu": "splash", "gpu": "cudnn"}
+    return kernels.get(platform, "xla")
 
 
 def cache_for(platform: str, config: PolicyConfig) -> type[KVCache] | type[RaggedCache]:
@@ -53,6 +52,9 @@ def attention(
     """
     if kernel == "splash" and splash.takes(queries.shape[1], keys.shape[2]):
         return splash.splash_attention(queries, keys, values, visibility, heads_axis=heads_axis)
+    if kernel == "cudnn" and cudnn.takes(queries.shape[1], keys.shape[2], queries.shape[3], queries.dtype):
+        attended = cudnn.cudnn_attention(queries, keys, values, visibility, heads_axis=heads_axis)
+        return checkpoint_name(attended, ATTENTION)
     attend = dense_attention if visibility.query_index is None else causal_attention
     if shards("tokens") > 1:
         # Each device looks from its own tokens at all of the row.
@@ -123,16 +125,23 @@ def paged_attention(
     table: Int[Array, "batch width"],
     index: Int[Array, "batch queries"],
     shared: SharedPages | None = None,
+    *,
+    kernel: Kernel = "xla",
 ) -> Float[Array, "batch queries heads size"]:
     """Attention of tokens at `index` of their rows to what the pages of the rows hold up to there.
 
-    The cache's layout says what computes it: the kernel for a TPU, which reads every row's pages for itself, or XLA:
-    block by block as far as the longest row reaches, with a running softmax; nothing as long as a row is in memory.
-    What lies past a row's own end adds exactly nothing, so its result does not depend on its neighbours' lengths.
-    With `shared`, pages that several rows begin with are read once for all of them (one query a row).
+    A TPU's kernel has a cache of its own layout, and reads every row's pages for itself; so do a GPU's, one for a query
+    a row and one for many. XLA goes block by block as far as the longest row reaches, with a running softmax; nothing
+    as long as a row is in memory. What lies past a row's own end adds exactly nothing, so its result does not depend on
+    its neighbours' lengths. With `shared`, XLA reads pages that several rows begin with once for all of them (one query
+    a row).
     """
     if isinstance(cache, RaggedCache):
         return ragged.ragged_attention(queries, cache, layer, table, index)
+    if kernel == "cudnn" and queries.shape[1] == 1 and flash_decoding.takes(cache):
+        return flash_decoding.decode_attention(queries, cache, layer, table, index)
+    if kernel == "cudnn" and queries.shape[1] > 1 and cudnn.takes_pages(cache):
+        return cudnn.cached_attention(queries, cache, layer, table, index)
     batch, length, heads, size = queries.shape
     kv_heads = cache.values.shape[3]
     # Scaling the queries is cheaper than scaling the scores.

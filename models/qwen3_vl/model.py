@@ -119,7 +119,7 @@ class Qwen3VL(nnx.Module):
         index = start[:, None] + jnp.arange(input_ids.shape[1])
         x, deepstack = self._with_images(constrain(self._looked_up(input_ids), "batch", "tokens", None), images)
         rotation = text_rotation(self.config.text, positions)
-        return self.decoder.extend(x, rotation, cache, table, index, deepstack, shared)
+        return self.decoder.extend(x, rotation, cache, table, index, deepstack, shared, kernel=self.kernel)
 
     def _output_matrix(self, precision: Precision, rngs: nnx.Rngs) -> nnx.Param:
         text = self.config.text

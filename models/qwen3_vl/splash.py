@@ -21,6 +21,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info
 from jaxtyping import Array, Bool, Float, Int
 
 from models.qwen3_vl.fallback import say_once
+from models.qwen3_vl.heads import enough_heads
 from models.qwen3_vl.layers import ATTENTION
 from models.qwen3_vl.visibility import Visibility
 from sharding import on_each_device, shards
@@ -56,7 +57,7 @@ def splash_attention(
     `heads_axis` is the logical axis of the heads. `interpret` runs the kernel where there is no TPU, slowly.
     """
     by_head = queries.swapaxes(1, 2) * queries.shape[-1] ** -0.5
-    keys, values = (_enough_heads(each, shards(heads_axis)) for each in (keys, values))
+    keys, values = (enough_heads(each, shards(heads_axis)) for each in (keys, values))
     of_queries, of_keys = ("batch", heads_axis, "tokens", None), ("batch", heads_axis, None, None)
     rows, row_ids = ("batch", "tokens"), ("batch", None)
     attended = on_each_device(
@@ -208,15 +209,3 @@ def _block_sizes(queries: int, keys: int) -> BlockSizes:
         block_q_dq=query,
         block_kv_dq=key,
     )
-
-
-def _enough_heads(
-    keys: Float[Array, "batch kv_heads keys size"], devices: int
-) -> Float[Array, "batch heads keys size"]:
-    """Keys such that each device holds those of its own queries; repeated where there are more devices than heads."""
-    kv_heads = keys.shape[1]
-    if kv_heads % devices == 0:
-        return keys
-    if devices % kv_heads:
-        raise ValueError(f"{kv_heads} key-value heads on mesh axis tensor {devices}: expected one to divide the other")
-    return jnp.repeat(keys, devices // kv_heads, axis=1)

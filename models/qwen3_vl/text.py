@@ -110,6 +110,8 @@ class Decoder(nnx.Module):
         index: Int[Array, "batch tokens"],
         deepstack: Float[Array, "depth batch tokens embed"] | None = None,
         shared: SharedPages | None = None,
+        *,
+        kernel: Kernel = "xla",
     ) -> tuple[Float[Array, "batch tokens embed"], Cache]:
         """Tokens that continue what the cache holds, written at `index` of the rows whose pages `table` names.
 
@@ -121,7 +123,7 @@ class Decoder(nnx.Module):
             x, cache = carry
             queries, keys, values = layer.queries_keys_values(x, rotation)
             cache = cache.write(number, table, index, keys, values)
-            attended = paged_attention(queries, cache, number, table, index, shared)
+            attended = paged_attention(queries, cache, number, table, index, shared, kernel=kernel)
             return _add_features(layer.finish(x, attended), deepstack, number), cache
 
         x, cache = scan_runs(self.layers, body, (x, cache), self._layer_indices())

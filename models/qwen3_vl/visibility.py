@@ -5,6 +5,10 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+HIDDEN = -1e30
+"""The score of a key that is not seen. Finite, so that a query that sees nothing (padding) gives an average and not
+NaN, forward and backward."""
+
 
 class Visibility(NamedTuple):
     """Which keys a query sees; each rule that is given narrows it.

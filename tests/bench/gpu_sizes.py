@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-ROUNDS = 5
+ROUNDS = 3
 """Of which the median counts; one more before, which compiles."""
 
 

@@ -33,8 +33,8 @@ def decode(config: dict[str, Any], sizes: Sizes) -> dict[str, float]:
             )
 
     def measured(compiled: bool) -> dict[str, float]:
-        for _ in range(2):
-            generated(sizes.new_tokens, compiled)
+        for count in (sizes.new_tokens, 1):
+            generated(count, compiled)
         first = [generated(1, compiled) for _ in range(ROUNDS)]
         whole = [generated(sizes.new_tokens, compiled) for _ in range(ROUNDS)]
         steps = sizes.new_tokens - 1

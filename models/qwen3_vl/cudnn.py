@@ -1,0 +1,167 @@
+"""Attention of many tokens on a GPU: cuDNN's fused kernel, as `jax.nn.dot_product_attention` calls it.
+
+Scores never lie in memory. The kernel knows causal rows and where rows end; who sees whom beside that is a mask in
+memory, the same for all heads of a row. A causal row that is one segment needs none, and takes half the time: whether
+rows are that is found in the program.
+"""
+
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from models.qwen3_vl.cache import KVCache
+from models.qwen3_vl.fallback import say_once
+from models.qwen3_vl.heads import enough_heads
+from models.qwen3_vl.visibility import Visibility
+from sharding import on_each_device, shards
+
+SIZE = 8
+"""Head sizes that the kernel takes are multiples of it."""
+LARGEST = 128
+"""And not larger, on every GPU that it runs on."""
+
+Implementation = Literal["cudnn", "xla"]
+"""Who computes it. "xla" is for tests on machines without a GPU."""
+
+
+def takes(queries: int, keys: int, size: int, dtype: DTypeLike) -> bool:
+    """Whether the kernel takes rows of these lengths and heads of this size; if not, one log line says so."""
+    # Rows are even: with a mask, the gradient asks for it.
+    fits = queries % (2 * shards("tokens")) == 0 and keys % 2 == 0
+    fits = fits and size % SIZE == 0 and size <= LARGEST and dtype in (jnp.bfloat16, jnp.float16)
+    if not fits:
+        what = f"rows of {queries} queries and {keys} keys, heads of {size} in {jnp.dtype(dtype).name}"
+        limits = f"even rows, heads of a multiple of {SIZE} up to {LARGEST}, in bfloat16"
+        say_once(f"{what}: expected {limits}; computed without cuDNN")
+    return fits
+
+
+def takes_pages(cache: KVCache) -> bool:
+    """Whether the kernel takes a cache's heads on the mesh that is set; if not, one log line says so."""
+    heads, size = cache.keys.shape[3:5]
+    if heads % shards("kv_heads"):
+        say_once(f"{heads} key-value heads in {shards('kv_heads')} parts: expected whole heads; computed without cuDNN")
+        return False
+    return takes(2 * shards("tokens"), cache.page, size, cache.keys.dtype)
+
+
+def cudnn_attention(
+    queries: Float[Array, "batch queries heads size"],
+    keys: Float[Array, "batch kv_heads keys size"],
+    values: Float[Array, "batch kv_heads keys size"],
+    visibility: Visibility,
+    *,
+    heads_axis: str,
+    implementation: Implementation = "cudnn",
+) -> Float[Array, "batch queries heads size"]:
+    """What `attention` computes. Of padding (segment 0) the result is finite, and nothing else.
+
+    Each device computes its own queries (rows, tokens and heads as the mesh splits them) against all keys of the row.
+    `heads_axis` is the logical axis of the heads.
+    """
+    keys, values = (enough_heads(each, shards(heads_axis)) for each in (keys, values))
+    of_queries, of_keys = ("batch", "tokens", heads_axis, None), ("batch", heads_axis, None, None)
+    rows, row_ids = ("batch", "tokens"), ("batch", None)
+    return on_each_device(
+        partial(_on_a_device, implementation=implementation),
+        (queries, keys, values, *visibility),
+        (of_queries, of_keys, of_keys, rows, rows, row_ids, rows),
+    )
+
+
+def _on_a_device(
+    queries: Float[Array, "batch queries heads size"],
+    keys: Float[Array, "batch kv_heads keys size"],
+    values: Float[Array, "batch kv_heads keys size"],
+    query_ids: Int[Array, "batch queries"] | None,
+    prefix_ids: Int[Array, "batch queries"] | None,
+    key_ids: Int[Array, "batch keys"] | None,
+    index: Int[Array, "batch queries"] | None,
+    *,
+    implementation: Implementation,
+) -> Float[Array, "batch queries heads size"]:
+    tokens = keys.shape[2]
+    # Of whole rows alone: elsewhere the kernel would take the first query for the first token.
+    causal = index is not None and queries.shape[1] == tokens
+    keys, values = (each.swapaxes(1, 2).astype(queries.dtype) for each in (keys, values))
+    attend = partial(jax.nn.dot_product_attention, is_causal=causal, implementation=implementation)
+    if causal and key_ids is None:
+        return attend(queries, keys, values)
+    visibility = Visibility(query_ids, prefix_ids, key_ids, None if causal else index)
+
+    def masked(queries: Array, keys: Array, values: Array) -> Array:
+        return attend(queries, keys, values, mask=visibility.mask(tokens)[:, None])
+
+    if not causal or key_ids is None:
+        return masked(queries, keys, values)
+    return jax.lax.cond(_one_segment(key_ids), attend, masked, queries, keys, values)
+
+
+def _one_segment(ids: Int[Array, "batch keys"]) -> Bool[Array, ""]:
+    """Whether each row is one segment, and padding after it."""
+    held = ids > 0
+    alike = jnp.all((ids == ids[:, :1]) | ~held)
+    return alike & jnp.all(held[:, :-1] | ~held[:, 1:])
+
+
+def cached_attention(
+    queries: Float[Array, "batch queries heads size"],
+    cache: KVCache,
+    layer: Int[Array, ""],
+    table: Int[Array, "batch width"],
+    index: Int[Array, "batch queries"],
+    *,
+    implementation: Implementation = "cudnn",
+) -> Float[Array, "batch queries heads size"]:
+    """What `paged_attention` computes, of tokens that follow each other; each device for its own lanes and heads.
+
+    Where nothing stands before any of them (prompts), they see each other alone; else all pages of the rows are copied
+    together, and a mask says where they begin.
+    """
+    arrays = (queries, *cache, layer, table, index[:, 0])
+    of_queries, of_rows = ("slots", None, "heads", None), ("slots", None)
+    return on_each_device(
+        partial(_of_pages, implementation=implementation),
+        arrays,
+        (of_queries, KVCache.AXES, KVCache.AXES, (), of_rows, ("slots",)),
+    )
+
+
+def _of_pages(
+    queries: Float[Array, "batch queries heads size"],
+    keys: Float[Array, "lanes layers pages kv_heads size page"],
+    values: Float[Array, "lanes layers pages kv_heads page size"],
+    layer: Int[Array, ""],
+    table: Int[Array, "batch width"],
+    start: Int[Array, " batch"],
+    *,
+    implementation: Implementation,
+) -> Float[Array, "batch queries heads size"]:
+    (batch, length), page = queries.shape[:2], keys.shape[5]
+    lane = jnp.arange(batch) // (batch // len(keys))
+    attend = partial(jax.nn.dot_product_attention, implementation=implementation)
+    # Padding may reach past the last page: it looks at page 0.
+    of_queries = -(-length // page)
+    table = jnp.pad(table, ((0, 0), (0, max(0, of_queries - table.shape[1]))))
+
+    def read(width: int) -> tuple[Array, Array]:
+        at = (lane[:, None], layer, table[:, :width])
+        by_page = (keys[at].transpose(0, 1, 4, 2, 3), values[at].swapaxes(2, 3))
+        found_keys, found_values = (each.reshape(batch, -1, *each.shape[3:]).astype(queries.dtype) for each in by_page)
+        return found_keys, found_values
+
+    def first() -> Array:
+        keys, values = read(of_queries)
+        return attend(queries, keys[:, :length], values[:, :length], is_causal=True)
+
+    def later() -> Array:
+        keys, values = read(table.shape[1])
+        seen = jnp.arange(keys.shape[1]) <= (start[:, None] + jnp.arange(length))[:, :, None]
+        reached = jnp.clip(start + length, 1, keys.shape[1])
+        return attend(queries, keys, values, mask=seen[:, None], key_value_seq_lengths=reached)
+
+    return jax.lax.cond(jnp.all(start <= 0), first, later)
