@@ -140,6 +140,9 @@ class RolloutConfig:
     parameters: Literal["sharded", "gathered"] = "sharded"
     """Where a decode step reads them from. gathered: a copy for the time of the rollouts, in model.dtype and split over
     mesh.tensor only; it takes that memory, and spares every step the gathering over mesh.fsdp."""
+    replay_experts: bool = False
+    """Of a mixture of experts: what is learned from a token goes through the experts that it went through when it was
+    sampled, whatever the router would choose by now or in other arithmetic. A byte for each, layer by layer."""
     longest_first: bool = True
     """Prompts whose rollouts were long before start first."""
     temperature: float = 1.0

@@ -98,6 +98,8 @@ class Trajectory:
     calls: int
     """Every tool call sent: malformed, unknown, refused, timed-out and failed ones count too."""
     stop: StopReason
+    experts: Int[np.ndarray, "tokens_but_one layers chosen"] | None = None
+    """Those that each token went through when it was sampled from, the last one left out; None: not recorded."""
 
     @property
     def usable(self) -> bool:
@@ -135,3 +137,5 @@ class PackedRows(NamedTuple):
     sampled_logprobs: Float[Array, "rows tokens"]
     """The same under the distribution that the target was drawn from."""
     images: PackedImages | None
+    experts: Int[Array, "rows tokens layers chosen"] | None = None
+    """Those that the tokens are to go through; None: the router chooses."""

@@ -71,10 +71,12 @@ class PolicyModel(Protocol):
         segment_ids: Int[Array, "batch tokens"] | None = None,
         prefix_ids: Int[Array, "batch tokens"] | None = None,
         images: "PackedImages | None" = None,
+        experts: Int[Array, "batch tokens layers chosen"] | None = None,
     ) -> Float[Array, "batch tokens embed"]:
         """After the last norm, of whole rows: a token sees its own segment, and that of `prefix_ids`, up to itself.
 
         positions: M-RoPE's three; of text they are alike, and a model without images may take any one.
+        experts: what `extend` told; never given to a model without.
         """
         ...
 
@@ -88,8 +90,9 @@ class PolicyModel(Protocol):
         start: Int[Array, " batch"],
         images: "PackedImages | None" = None,
         shared: "SharedPages | None" = None,
-    ) -> "tuple[Float[Array, 'batch tokens embed'], Cache]":
-        """Hidden states of tokens that go on from what the cache holds at `start`, and the cache with them in it."""
+    ) -> "tuple[Float[Array, 'batch tokens embed'], Cache, Int[Array, 'batch tokens layers chosen'] | None]":
+        """Hidden states of tokens that go on from what the cache holds at `start`, the cache with them in it, and the
+        experts that they went through (`config.text.experts_a_token`); None where there are none."""
         ...
 
     def logits(self, hidden: Float[Array, "... embed"]) -> Float[Array, "... vocab"]:

@@ -17,5 +17,6 @@ def row_states(
         segment_ids=rows.segment_ids,
         prefix_ids=rows.prefix_ids,
         images=rows.images,
+        experts=rows.experts,
     )
     return hidden, model.head

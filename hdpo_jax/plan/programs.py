@@ -133,7 +133,7 @@ def learning_programs(setting: Setting) -> Mapping[str, Program]:
         shardings=shardings,
     )
     shape, dtype = RowShape(train.row_tokens, train.row_patches), jnp.dtype(config.model.dtype)
-    row = fill_rows([], 1, shape, setting.sizes, patch_dtype=dtype)
+    row = fill_rows([], 1, shape, setting.sizes, patch_dtype=dtype, experts=config.rollout.replay_experts)
     micro = -(-train.max_rows // train.micro_batch_rows)
 
     def rows(*leading: int) -> Any:
@@ -145,7 +145,7 @@ def learning_programs(setting: Setting) -> Mapping[str, Program]:
     counts: tuple[Any, ...] = (_abstract((train.mini_batches,), np.int32, mesh, ()), *[numbers] * 3, *[flags] * 2)
     count: Any = _abstract((), np.int32, mesh, ())
     batch = UpdateBatch(rows(train.mini_batches, micro, train.micro_batch_rows), *counts)
-    supervised = SupervisedBatch(rows(micro, train.micro_batch_rows), count)
+    supervised = SupervisedBatch(rows(micro, train.micro_batch_rows)._replace(experts=None), count)
     step = make_sft_step(graphdef, optimizer, shardings=shardings)
     return {
         "update": Program(function=update, arguments=(state, batch)),

@@ -112,6 +112,10 @@ class Rollout:
             return None
         return self._scheduler.plan()
 
+    def record(self, experts: Sequence[Int[np.ndarray, "rows tokens layers chosen"] | None]) -> None:
+        """What the extensions of the round told, before `next` hears of its chunk; None of one that tells nothing."""
+        self._scheduler.record(experts)
+
     @property
     def trajectories(self) -> list[Trajectory]:
         """Those that have ended, in the order of prompts and samples."""

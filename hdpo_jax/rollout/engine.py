@@ -84,13 +84,22 @@ class Chunk(NamedTuple):
     """Its last token was not sampled: it was written, for the budget is spent."""
     steps: int
     """Decode steps that were done: as many as the slot that went on for longest has tokens, here or elsewhere."""
+    experts: Int[np.ndarray, "slots chunk layers chosen"] | None
+    """Where they are recorded: those of the tokens that were fed, which is each sampled one's predecessor."""
 
 
-Carry = tuple[Array, Cache, Running, Array, Array]
-"""Of the decode loop: steps done, cache, slots, which of them were forced to end, and what was sampled."""
-Report = Int[Array, "slots fields"]
-"""A `Chunk` as one array of 32-bit words, for one transfer: count, ended (2: forced to), steps, then three times
-`chunk`."""
+Carry = tuple[Array, Cache, Running, Array, Array, Array | None]
+"""Of the decode loop: steps done, cache, slots, which of them were forced to end, what was sampled, and the experts."""
+Experts = Int[Array, "rows tokens layers chosen"]
+"""Which experts each token went through; the layers that have none stand there too."""
+
+
+class Report(NamedTuple):
+    """A `Chunk` as few arrays, for few transfers."""
+
+    words: Int[Array, "slots fields"]
+    """Of 32 bits: count, ended (2: forced to), steps, then three times `chunk`."""
+    experts: Experts | None
 
 
 @dataclass(frozen=True)
@@ -99,7 +108,8 @@ class Programs:
 
     lay_out: Callable[[nnx.State], nnx.State]
     empty_cache: Callable[[], Cache]
-    extend: Callable[[nnx.State, Cache, Extension], Cache]
+    extend: Callable[[nnx.State, Cache, Extension], tuple[Cache, Experts | None]]
+    """Experts, here and in a report, only where `config.replay_experts` asks for them."""
     copy: Callable[[Cache, Copies], Cache]
     decode: Callable[[nnx.State, Cache, Running], tuple[Cache, Report]]
     """Its parameters are those that `lay_out` returns."""
@@ -140,8 +150,8 @@ def make_programs(
             model_config, pages=config.pages_per_lane(lanes), page=config.page, lanes=lanes, dtype=dtype
         )
 
-    def extend(params: nnx.State, cache: Cache, extension: Extension) -> Cache:
-        _, cache = nnx.merge(graphdef, params).extend(
+    def extend(params: nnx.State, cache: Cache, extension: Extension) -> tuple[Cache, Experts | None]:
+        _, cache, experts = nnx.merge(graphdef, params).extend(
             extension.token_ids,
             positions=extension.positions,
             cache=cache,
@@ -149,7 +159,10 @@ def make_programs(
             start=extension.start,
             images=extension.images,
         )
-        return cache.sharded()
+        return cache.sharded(), recorded(experts)
+
+    def recorded(experts: Experts | None) -> Experts | None:
+        return constrain(experts, "slots", None, None, None) if config.replay_experts and experts is not None else None
 
     def copy(cache: Cache, copies: Copies) -> Cache:
         return cache.copy_pages(copies.source, copies.target)
@@ -162,14 +175,14 @@ def make_programs(
         enough = jnp.ceil(config.return_early * running.active.sum())
 
         def goes_on(carry: Carry) -> Bool[Array, ""]:
-            step, _, now, _, _ = carry
+            step, _, now, *_ = carry
             stopped = (running.active & ~now.active).sum()
             return (step < config.chunk) & now.active.any() & ((stopped < enough) | (step == 0))
 
         def one_token(carry: Carry) -> Carry:
-            step, cache, now, forced, sampled = carry
+            step, cache, now, forced, sampled, record = carry
             index = now.length - 1
-            hidden, cache = model.extend(
+            hidden, cache, experts = model.extend(
                 now.pending[:, None],
                 positions=jnp.broadcast_to((index + now.offset)[:, None, None], (slots, 1, 3)),
                 cache=cache,
@@ -207,15 +220,22 @@ def make_programs(
                 ),
                 forced,
                 sampled.at[:, :, step].set(words),
+                None if record is None or experts is None else record.at[:, step].set(experts[:, 0]),
             )
 
         nothing = jnp.zeros((3, slots, config.chunk), jnp.int32)
-        first = (jnp.int32(0), cache, running, jnp.zeros(slots, bool), nothing)
+        first = (jnp.int32(0), cache, running, jnp.zeros(slots, bool), nothing, no_experts(slots))
         with jax.named_scope("steps"):
-            steps, cache, then, forced, sampled = jax.lax.while_loop(goes_on, one_token, first)
+            steps, cache, then, forced, sampled, record = jax.lax.while_loop(goes_on, one_token, first)
         ended = (running.active & ~then.active).astype(jnp.int32) + forced
         flags = jnp.stack([then.length - running.length, ended, jnp.full(slots, steps)], axis=1)
-        return cache, constrain(jnp.concatenate([flags, *sampled], axis=1), "slots", None)
+        return cache, Report(constrain(jnp.concatenate([flags, *sampled], axis=1), "slots", None), recorded(record))
+
+    def no_experts(slots: int) -> Experts | None:
+        sizes = model_config.text.experts_a_token
+        if not config.replay_experts or sizes is None:
+            return None
+        return jnp.zeros((slots, config.chunk, *sizes), model_config.text.expert_dtype)
 
     return Programs(
         lay_out=lay_out,
@@ -226,18 +246,19 @@ def make_programs(
     )
 
 
-def read_report(report: Int[np.ndarray, "slots fields"]) -> Chunk:
-    """What `decode` reported, with its words as what they are."""
-    words = np.ascontiguousarray(report[:, 3:])
-    tokens, logprobs, sampled_logprobs = np.split(words, 3, axis=1)
+def read_report(report: Report) -> Chunk:
+    """What `decode` reported, on the host, with its words as what they are."""
+    flags, words = np.split(np.asarray(report.words), [3], axis=1)
+    tokens, logprobs, sampled_logprobs = np.split(np.ascontiguousarray(words), 3, axis=1)
     return Chunk(
-        counts=report[:, 0],
+        counts=flags[:, 0],
         tokens=tokens,
         logprobs=np.ascontiguousarray(logprobs).view(np.float32),
         sampled_logprobs=np.ascontiguousarray(sampled_logprobs).view(np.float32),
-        ended=report[:, 1] > 0,
-        forced=report[:, 1] > 1,
-        steps=int(report[0, 2]),
+        ended=flags[:, 1] > 0,
+        forced=flags[:, 1] > 1,
+        steps=int(flags[0, 2]),
+        experts=None if report.experts is None else np.asarray(report.experts),
     )
 
 

@@ -24,13 +24,13 @@ import numpy as np
 from jax.experimental import io_callback
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool
 
 from hdpo_jax.algorithm.state import TrainState
 from hdpo_jax.algorithm.update import Metrics, UpdateBatch
 from hdpo_jax.config import ConfigError
 from hdpo_jax.rollout.agent import Rollout
-from hdpo_jax.rollout.engine import Copies, Extension, Programs, Running, read_report
+from hdpo_jax.rollout.engine import Copies, Experts, Extension, Programs, Report, Running, read_report
 from hdpo_jax.rollout.lockstep import Lanes, filled, in_order, orders
 from hdpo_jax.rollout.scheduler import Round
 from hdpo_jax.types import Trajectory
@@ -47,6 +47,14 @@ class Orders(NamedTuple):
     running: Running
     run: Bool[Array, "lanes programs"]
     """Which of the extensions, whether to copy and to decode; whether to go on after them, and whether to give up."""
+
+
+class Told(NamedTuple):
+    """What the programs of a round tell the host."""
+
+    experts: Sequence[Experts | None]
+    """Each extension's; what one told that is not run this time stands there still."""
+    report: Report
 
 
 def make_iterate(
@@ -76,17 +84,15 @@ def make_iterate(
             "train.micro_batch_rows to be a multiple of all lanes"
         )
 
-    def ask(number: Array, decoded: Array, report: Array) -> Orders:
+    def ask(number: Array, decoded: Array, told: Told) -> Orders:
         """Every device asks for its lane's part; its host answers all of a round at once."""
         part = jax.tree.map(host.part_of, host.orders_of(nothing))
 
-        def one_lane(number: Array, decoded: Array, report: Array) -> Orders:
-            return io_callback(host.orders, part, jax.lax.axis_index(lanes), number, decoded, report)
+        def one_lane(number: Array, decoded: Array, told: Told) -> Orders:
+            return io_callback(host.orders, part, jax.lax.axis_index(lanes), number, decoded, told)
 
         specs = jax.tree.map(lambda _: by_lane, part)
-        return jax.shard_map(one_lane, mesh=mesh, in_specs=P(), out_specs=specs, check_vma=False)(
-            number, decoded, report
-        )
+        return jax.shard_map(one_lane, mesh=mesh, in_specs=P(), out_specs=specs, check_vma=False)(number, decoded, told)
 
     def fetch(failed: Array) -> tuple[UpdateBatch, Array]:
         """The batch, its rows split like every batch, all of the rest on every device; and whether it is sound."""
@@ -111,24 +117,29 @@ def make_iterate(
         laid_out = programs.lay_out(state.params)
 
         def round_(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-            number, cache, decoded, report, *_ = carry
-            orders = ask(number, decoded, report)
+            number, cache, decoded, told, *_ = carry
+            orders = ask(number, decoded, told)
             run = orders.run.any(axis=0)
+            experts = list(told.experts)
             for place, extension in enumerate(orders.extensions):
-                cache = jax.lax.cond(run[place], partial(programs.extend, state.params), _same, cache, extension)
+                extend, same = partial(programs.extend, state.params), partial(_same, experts[place])
+                cache, experts[place] = jax.lax.cond(run[place], extend, same, cache, extension)
             copies, decodes, more, failed = run[-4:]
-            cache = jax.lax.cond(copies, programs.copy, _same, cache, orders.copies)
-            cache, report = jax.lax.cond(
-                decodes, partial(programs.decode, laid_out), lambda cache, _: (cache, report), cache, orders.running
-            )
-            return number + 1, cache, decodes, report, more & ~failed, failed
+            cache = jax.lax.cond(copies, programs.copy, lambda cache, _: cache, cache, orders.copies)
+            decode, same = partial(programs.decode, laid_out), partial(_same, told.report)
+            cache, report = jax.lax.cond(decodes, decode, same, cache, orders.running)
+            return number + 1, cache, decodes, Told(experts, report), more & ~failed, failed
+
+        def nobody(own: jax.ShapeDtypeStruct) -> Array:
+            """Of all lanes, as a program tells it of this process's."""
+            return jnp.zeros((own.shape[0] // len(of_mesh.own) * of_mesh.count, *own.shape[1:]), own.dtype)
 
         cache = programs.empty_cache()
-        _, own_report = jax.eval_shape(programs.decode, laid_out, cache, nothing.running)
-        slots = own_report.shape[0] // len(of_mesh.own) * of_mesh.count
-        empty_report = jnp.zeros((slots, own_report.shape[1]), jnp.int32)
+        _, report = jax.eval_shape(programs.decode, laid_out, cache, nothing.running)
+        extend = partial(jax.eval_shape, programs.extend, state.params, cache)
+        experts = [extend(extension)[1] for extension in nothing.extensions]
         no, yes = jnp.bool_(False), jnp.bool_(True)
-        first = (jnp.int32(0), cache, no, empty_report, yes, no)
+        first = (jnp.int32(0), cache, no, jax.tree.map(nobody, Told(experts, report)), yes, no)
         *_, failed = jax.lax.while_loop(lambda carry: carry[-2], round_, first)
         batch, sound = fetch(failed)
         _, no_metrics = jax.eval_shape(update, state, batch)
@@ -216,11 +227,11 @@ class _Host:
         with self._lock:
             pass
 
-    def orders(self, lane: Any, number: Any, decoded: Any, report: Any) -> Orders:
+    def orders(self, lane: Any, number: Any, decoded: Any, told: Told) -> Orders:
         with self._lock:
             if self._number != int(number):
                 self._number = int(number)
-                self._orders = self._next(bool(decoded), np.asarray(report))
+                self._orders = self._next(bool(decoded), told)
             orders = self._orders
         return jax.tree.map(partial(self.part_of, lane=int(lane)), orders)
 
@@ -244,14 +255,20 @@ class _Host:
         leaf, own = np.asarray(leaf), self._lanes.own
         return leaf if axis is None else np.split(leaf, len(own), axis=axis)[0 if lane is None else own.index(lane)]
 
-    def _next(self, decoded: bool, report: Int[np.ndarray, "slots fields"]) -> Orders:
+    def _next(self, decoded: bool, told: Told) -> Orders:
         now = None
         try:
-            own = report.reshape(self._lanes.count, -1, report.shape[1])[self._lanes.own]
-            now = self._rollout.next(read_report(own.reshape(-1, report.shape[1])) if decoded else None)
+            experts, report = jax.tree.map(self._own_rows, told)
+            self._rollout.record(experts)
+            now = self._rollout.next(read_report(report) if decoded else None)
         except BaseException as error:  # into the program it can not go: the loop ends, and `iterate` raises it
             self.error = error
         return self.orders_of(now)
+
+    def _own_rows(self, array: Any) -> np.ndarray:
+        """Of an array with the rows, or slots, of all lanes."""
+        by_lane = np.asarray(array).reshape(self._lanes.count, -1, *array.shape[1:])
+        return by_lane[self._lanes.own].reshape(-1, *array.shape[1:])
 
     def _finish(self) -> UpdateBatch:
         try:
@@ -261,5 +278,5 @@ class _Host:
         return self._no_batch
 
 
-def _same(cache: Cache, _: Any) -> Cache:
-    return cache
+def _same(told: Any, cache: Cache, _: Any) -> tuple[Cache, Any]:
+    return cache, told

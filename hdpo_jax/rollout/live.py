@@ -67,4 +67,5 @@ class Live:
             turns=self.turns,
             calls=self.calls,
             stop=stop,
+            experts=self.strand.experts,
         )

@@ -13,6 +13,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
+from hdpo_jax.config import ConfigError
 from hdpo_jax.types import PackedRows, Trajectory
 from models.policy import PolicyConfig
 from models.qwen3_vl import EncodedImage
@@ -35,6 +36,8 @@ class Segment:
     sampled_logprobs: Float[np.ndarray, " tokens"]
     rollout: int
     images: Sequence[EncodedImage]
+    experts: Int[np.ndarray, "tokens layers chosen"] | None = None
+    """Those that the tokens are to go through; None: the router chooses."""
 
     @property
     def tokens(self) -> int:
@@ -86,6 +89,7 @@ def group_family(group: Sequence[Trajectory], first_rollout: int, config: Policy
                 sampled_logprobs=trajectory.sampled_logprobs[last + 1 :],
                 rollout=first_rollout + trajectory.sample,
                 images=trajectory.images[trajectory.prompt_images :],
+                experts=None if trajectory.experts is None else trajectory.experts[last:],
             )
         )
     images = lead.images[: lead.prompt_images]
@@ -99,6 +103,7 @@ def group_family(group: Sequence[Trajectory], first_rollout: int, config: Policy
         sampled_logprobs=np.zeros(last, np.float32),
         rollout=0,
         images=images,
+        experts=None if lead.experts is None else lead.experts[:last],
     )
     return Family(prefix=prefix, segments=segments)
 
@@ -122,6 +127,14 @@ def conversation_family(
         images=images,
     )
     return Family(prefix=None, segments=[segment])
+
+
+def experts_a_token(config: PolicyConfig) -> tuple[int, int]:
+    """Layers, and experts in each; ConfigError for a model that has none to replay."""
+    found = config.text.experts_a_token
+    if found is None:
+        raise ConfigError("rollout.replay_experts is on, and the model has no experts: expected False")
+    return found
 
 
 def assign_rows(families: Sequence[Family], shape: RowShape) -> list[list[tuple[Segment | None, list[Segment]]]]:
@@ -175,8 +188,12 @@ def fill_rows(
     config: PolicyConfig,
     *,
     patch_dtype: DTypeLike = np.float32,
+    experts: bool = False,
 ) -> PackedRows:
-    """The assigned rows as arrays of `count` rows; rows past the assigned ones are padding."""
+    """The assigned rows as arrays of `count` rows; rows past the assigned ones are padding.
+
+    `experts`: with those of every segment, which all have them then.
+    """
     size = (count, shape.tokens)
     token_ids, targets, segment_ids, prefix_ids, rollout = (np.zeros(size, np.int32) for _ in range(5))
     positions = np.zeros((*size, 3), np.int32)
@@ -185,6 +202,7 @@ def fill_rows(
     feature_index = np.full(size, -1, np.int32)
     images: list[list[EncodedImage]] = [[] for _ in range(count)]
     merge = merge_side(config) ** 2
+    replayed = np.zeros((*size, *experts_a_token(config)), config.text.expert_dtype) if experts else None
 
     for r, families in enumerate(rows):
         cursor, number, features = 0, 0, 0
@@ -203,6 +221,8 @@ def fill_rows(
                 rollout[r, at] = np.where(segment.loss_mask, segment.rollout, 0)
                 segment_ids[r, at] = number
                 prefix_ids[r, at] = prefix_number or number
+                if replayed is not None:
+                    replayed[r, at] = segment.experts
                 if segment.images:
                     places = np.flatnonzero(np.isin(segment.token_ids, placeholder_ids(config))) + cursor
                     feature_index[r, places] = features + np.arange(len(places))
@@ -214,7 +234,7 @@ def fill_rows(
     packed = pack_images(config, images, feature_index, shape.patches, dtype=patch_dtype) if with_images else None
     # Programs take NumPy arrays as they take JAX's, which is what the record declares.
     policy: list[Any] = [targets, loss_mask, rollout, logprobs, sampled_logprobs]
-    arrays: list[Any] = [token_ids, positions, segment_ids, prefix_ids, *policy, packed]
+    arrays: list[Any] = [token_ids, positions, segment_ids, prefix_ids, *policy, packed, replayed]
     return PackedRows(*arrays)
 
 

@@ -12,8 +12,9 @@ from jax.sharding import Mesh
 
 from hdpo_jax.config import AgentConfig, ConfigError, RolloutConfig
 from hdpo_jax.rollout.agent import Rollout
-from hdpo_jax.rollout.engine import Chunk, Programs, make_programs, read_report
+from hdpo_jax.rollout.engine import Chunk, Experts, Programs, make_programs, read_report
 from hdpo_jax.rollout.lockstep import Lanes, next_round, spread
+from hdpo_jax.rollout.packing import experts_a_token
 from hdpo_jax.rollout.prompts import PromptEncoder
 from hdpo_jax.rollout.scheduler import Round, Scheduler
 from hdpo_jax.rollout.stats import RolloutStats
@@ -50,6 +51,8 @@ class Sampler:
                 f"agent.max_observation_tokens is {agent.max_observation_tokens}; expected at least {least}, "
                 "which an empty observation takes"
             )
+        if rollout.replay_experts:
+            experts_a_token(model.config)
         self._processor = processor
         self._toolbox = toolbox
         self._mesh = mesh
@@ -153,7 +156,7 @@ class Sampler:
             assert everything.running is not None
             # Twice: the cache that a program returns may be laid out in another way than the empty one.
             for _ in range(2):
-                cache = self._extend(params, cache, everything)
+                cache, _ = self._extend(params, cache, everything)
                 cache, _ = self.programs.decode(laid_out, cache, everything.running)
 
     def _scheduler(self) -> Scheduler:
@@ -176,21 +179,24 @@ class Sampler:
         while (now := plan(chunk)) is not None:
             started = time.perf_counter()
             with turn:
-                cache, chunk = self._extend(params, cache, now), None
+                (cache, experts), chunk = self._extend(params, cache, now), None
             jax.block_until_ready(cache)
+            rollout.record([None if each is None else local_rows(each) for each in experts])
             rollout.stats.extend_seconds += time.perf_counter() - started
             if now.running is not None:
                 started = time.perf_counter()
                 with turn:
                     cache, report = self.programs.decode(laid_out, cache, now.running)
-                chunk = read_report(local_rows(report))
+                chunk = read_report(jax.tree.map(local_rows, report))
                 rollout.stats.decode_seconds += time.perf_counter() - started
 
-    def _extend(self, params: nnx.State, cache: Cache, now: Round) -> Cache:
-        for extension in now.extensions:
+    def _extend(self, params: nnx.State, cache: Cache, now: Round) -> tuple[Cache, list[Experts | None]]:
+        """The cache with what a round adds to it before it decodes, and what its extensions recorded."""
+        found: list[Experts | None] = [None for _ in now.extensions]
+        for number, extension in enumerate(now.extensions):
             if extension is not None:
-                cache = self.programs.extend(params, cache, extension)
-        return cache if now.copies is None else self.programs.copy(cache, now.copies)
+                cache, found[number] = self.programs.extend(params, cache, extension)
+        return cache if now.copies is None else self.programs.copy(cache, now.copies), found
 
     def _order(self, prompts: Sequence[Prompt]) -> list[int]:
         """Prompts whose rollouts were long the last time first, so that no long one is left alone at the end."""

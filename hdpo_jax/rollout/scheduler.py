@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 
 from hdpo_jax.config import RolloutConfig
 from hdpo_jax.rollout.engine import Chunk, Copies, Extension, Running
@@ -121,6 +122,8 @@ class Scheduler:
         self._same_size = [[shape for shape, other in enumerate(sizes) if other == size] for size in sizes]
         self._lanes = [_Lane(self._slots, config.pages_per_lane(lanes)) for _ in range(lanes)]
         self._lane_of: dict[Strand, _Lane] = {}
+        self._computing: list[tuple[Strand, Piece, int]] = []
+        """What the extensions of the last round compute, and in which row."""
         self.stats = RolloutStats()
 
     # What the agent says
@@ -169,6 +172,13 @@ class Scheduler:
 
     # What the device did
 
+    def record(self, experts: Sequence[Int[np.ndarray, "rows tokens layers chosen"] | None]) -> None:
+        """Adds what the extensions of the last round told to the strands."""
+        for strand, piece, row in self._computing:
+            found = experts[piece.shape]
+            if found is not None:
+                strand.record(piece.begin, found[row, : piece.end - piece.begin])
+
     def take(self, chunk: Chunk) -> Iterator[Sampled]:
         """Adds what was sampled to the strands; those that `ended` are to be paused or closed."""
         for number, lane in enumerate(self._lanes):
@@ -183,6 +193,8 @@ class Scheduler:
                     bool(chunk.ended[at]),
                     bool(chunk.forced[at]),
                 )
+                if chunk.experts is not None:
+                    strand.record(strand.cached, chunk.experts[at, :count])
                 strand.token_ids.extend(sampled.tokens)
                 strand.cached += count
                 yield sampled
@@ -196,6 +208,7 @@ class Scheduler:
         return Round(extensions, self._empty_copies(), self._slots_as_arrays())
 
     def plan(self) -> Round:
+        self._computing = []
         # In this order, for pages change hands: what is extended and copied is computed before anything decodes.
         extensions = self._extensions()
         copies = self._fill_slots()
@@ -266,6 +279,7 @@ class Scheduler:
                 images[row] = inputs.images
                 start[row] = piece.begin
                 table[row, : len(strand.pages)] = strand.pages
+                self._computing.append((strand, piece._replace(shape=shape), row))
                 self._computed(self._lanes[number], strand, piece)
         packed = pack_images(self._model, images, feature_index, patches) if patches and self._model.vision else None
         arrays: list[Any] = [table, token_ids, positions, start, packed]
@@ -321,7 +335,7 @@ class Scheduler:
             pairs += zip(prompt.pages[full:], own, strict=True)
             lane.pool.share(prompt.pages[:full])
             strand.pages = prompt.pages[:full] + own
-        strand.cached = prompt.cached
+        strand.cached, strand.begun = prompt.cached, prompt
         return family.members.popleft()
 
     def _running(self) -> Running | None:

@@ -54,6 +54,10 @@ class Strand:
     pages: list[int] = field(default_factory=list)
     cached: int = 0
     """Tokens in the cache."""
+    begun: "Strand | None" = None
+    """The prompt from which it goes on, once that is computed."""
+    recorded: list[Int[np.ndarray, "tokens layers chosen"]] = field(default_factory=list)
+    """Experts of the tokens that were computed for it, behind its prompt; of each the first time."""
     _spans: list[tuple[int, int, int]] | None = None
     """Found once for every piece, until images are appended."""
 
@@ -94,6 +98,18 @@ class Strand:
         self.positions, _ = mrope_positions(np.asarray(self.token_ids), grids, config)
         self.turn_start = self.length
         self._spans = None
+
+    def record(self, begin: int, experts: Int[np.ndarray, "tokens layers chosen"]) -> None:
+        """Keeps the experts of tokens from `begin` on; of those that are computed anew, what was there stays."""
+        known = self.prompt + sum(map(len, self.recorded))
+        if begin + len(experts) > known:
+            self.recorded.append(experts[known - begin :].copy())
+
+    @property
+    def experts(self) -> Int[np.ndarray, "tokens layers chosen"] | None:
+        """Of all tokens but the last, which went through none; None where they are not recorded."""
+        parts = [*(self.begun.recorded if self.begun else []), *self.recorded]
+        return np.concatenate(parts) if parts else None
 
     def forget(self) -> None:
         """Nothing of it is in the cache any more."""

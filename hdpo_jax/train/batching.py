@@ -3,6 +3,7 @@
 import contextlib
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -27,9 +28,18 @@ class RowBatcher:
     """
 
     def __init__(
-        self, train: TrainConfig, model: PolicyConfig, *, fixed: bool = False, patch_dtype: DTypeLike = np.float32
+        self,
+        train: TrainConfig,
+        model: PolicyConfig,
+        *,
+        fixed: bool = False,
+        patch_dtype: DTypeLike = np.float32,
+        experts: bool = False,
     ):
-        """`fixed`: called from inside a program, where nothing grows and no process can ask another."""
+        """`fixed`: called from inside a program, where nothing grows and no process can ask another.
+
+        `experts`: the rows say which experts their tokens are to go through.
+        """
         processes = jax.process_count()
         if train.micro_batch_rows % processes:
             raise ConfigError(
@@ -40,7 +50,7 @@ class RowBatcher:
         self._all_rows = train.micro_batch_rows
         self._micro = -(-train.max_rows // train.micro_batch_rows)
         self._fixed = fixed
-        self._patch_dtype = patch_dtype
+        self._settings: dict[str, Any] = {"patch_dtype": patch_dtype, "experts": experts}
         self.model = model
 
     def __call__(self, mini_batches: Sequence[Sequence[Family]]) -> tuple[PackedRows, Int[np.ndarray, " mini"]]:
@@ -52,7 +62,7 @@ class RowBatcher:
             needed = agree(needed).max(axis=0)
         self._make_room(int(needed.max()))
         count = self._micro * self._rows
-        packed = [fill_rows(rows, count, self._shape, self.model, patch_dtype=self._patch_dtype) for rows in assigned]
+        packed = [fill_rows(rows, count, self._shape, self.model, **self._settings) for rows in assigned]
 
         def stack(*leaves: np.ndarray) -> np.ndarray:
             return np.stack(leaves).reshape(len(leaves), self._micro, self._rows, *leaves[0].shape[1:])

@@ -66,7 +66,13 @@ def make_iteration(
         shardings=shardings,
     )
     fixed = config.rollout.mode == "fused"
-    pack = RowBatcher(config.train, policy.model.config, fixed=fixed, patch_dtype=policy.model.dtype)
+    pack = RowBatcher(
+        config.train,
+        policy.model.config,
+        fixed=fixed,
+        patch_dtype=policy.model.dtype,
+        experts=config.rollout.replay_experts,
+    )
     samples, mini_batches = config.train.group_size, config.train.mini_batches
 
     def on_policy(params: nnx.State, prompts: Sequence[Prompt], number: int) -> Rollout:

@@ -5,6 +5,8 @@ from dataclasses import dataclass, fields
 from itertools import groupby
 from typing import Any, NamedTuple
 
+import numpy as np
+
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
 
 
@@ -78,6 +80,16 @@ class TextConfig:
     def has_experts(self, layer: int) -> bool:
         moe = self.moe
         return moe is not None and layer not in moe.mlp_only_layers and (layer + 1) % moe.decoder_sparse_step == 0
+
+    @property
+    def experts_a_token(self) -> tuple[int, int] | None:
+        """Layers, and experts that a token goes through in each (in those that have any); None: there are none."""
+        return None if self.moe is None else (self.num_hidden_layers, self.moe.num_experts_per_tok)
+
+    @property
+    def expert_dtype(self) -> np.dtype:
+        """Holds the number of any expert."""
+        return np.min_scalar_type(0 if self.moe is None else self.moe.num_experts - 1)
 
     @property
     def layer_runs(self) -> tuple[LayerRun, ...]:

@@ -80,12 +80,14 @@ class Qwen3VL(nnx.Module):
         segment_ids: Int[Array, "batch tokens"] | None = None,
         prefix_ids: Int[Array, "batch tokens"] | None = None,
         images: PackedImages | None = None,
+        experts: Int[Array, "batch tokens layers chosen"] | None = None,
     ) -> Float[Array, "batch tokens embed"]:
         """Hidden states after the last norm, of all tokens at once.
 
         positions: M-RoPE positions; by default each row counts up (text only).
         segment_ids: tokens see only their own segment, 0 is padding; by default a row is one segment.
         prefix_ids: the other segment that a token sees (a prompt shared by several responses).
+        experts: those that the tokens are to go through, as `extend` told them; by default the router chooses.
         """
         batch, length = input_ids.shape
         index = jnp.broadcast_to(jnp.arange(length), (batch, length))
@@ -97,7 +99,7 @@ class Qwen3VL(nnx.Module):
         x = constrain(self._looked_up(input_ids), "batch", "tokens", "embed", rules=BY_COLUMN)
         x, deepstack = self._with_images(constrain(x, "batch", "tokens", None), images)
         rotation = text_rotation(self.config.text, positions)
-        return self.decoder(x, rotation, visibility, deepstack, remat=self.remat, kernel=self.kernel)
+        return self.decoder(x, rotation, visibility, deepstack, experts, remat=self.remat, kernel=self.kernel)
 
     def extend(
         self,
@@ -109,8 +111,9 @@ class Qwen3VL(nnx.Module):
         start: Int[Array, " batch"],
         images: PackedImages | None = None,
         shared: SharedPages | None = None,
-    ) -> tuple[Float[Array, "batch tokens embed"], Cache]:
-        """Hidden states of tokens that continue each row at index `start`, and the cache with them in it.
+    ) -> tuple[Float[Array, "batch tokens embed"], Cache, Int[Array, "batch tokens layers chosen"] | None]:
+        """Hidden states of tokens that continue each row at index `start`, the cache with them in it, and the experts
+        that they went through (None in a model without).
 
         A part of a prompt, an appended turn and a decode step (one token) are all this. `table` names the pages of
         each row; a token sees them up to its own index, and what would be written past the last is dropped. In a decode

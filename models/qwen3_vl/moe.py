@@ -43,24 +43,36 @@ class SparseMLP(nnx.Module):
         self.gate_up = param((experts, width, 2, hidden), GATE_UP_AXES)
         self.down = param((experts, hidden, width), DOWN_AXES)
 
-    def __call__(self, x: Float[Array, "batch tokens embed"]) -> Float[Array, "batch tokens embed"]:
-        choice, share = self.route(x)
+    def __call__(
+        self, x: Float[Array, "batch tokens embed"], choice: Int[Array, "batch tokens chosen"] | None = None
+    ) -> tuple[Float[Array, "batch tokens embed"], Int[Array, "batch tokens chosen"]]:
+        """What the experts make of each token, and which they are; a `choice` that is given is taken."""
+        choice, share = self.route(x, choice)
         # Cast before they travel: half the bytes.
         gate_up, down = self.gate_up[...].astype(self.dtype), self.down[...].astype(self.dtype)
         apply = partial(_apply_experts, ACTIVATION_FUNCTIONS[self.activation])
         mesh = jax.sharding.get_abstract_mesh()
         if AxisType.Auto not in mesh.axis_types:
-            return apply(x, choice, share, gate_up, down)
-        return _on_mesh(apply, mesh, x, choice, share, gate_up, down)
+            return apply(x, choice, share, gate_up, down), choice
+        return _on_mesh(apply, mesh, x, choice, share, gate_up, down), choice
 
     def route(
-        self, x: Float[Array, "batch tokens embed"]
+        self, x: Float[Array, "batch tokens embed"], choice: Int[Array, "batch tokens chosen"] | None = None
     ) -> tuple[Int[Array, "batch tokens chosen"], Float[Array, "batch tokens chosen"]]:
-        """The experts of each token, and what each of them counts for; fp32, 1 in sum."""
+        """The experts of each token, and what each of them counts for; fp32, 1 in sum.
+
+        A `choice` is kept, whatever the router would choose by now; its shares are the router's, and so is the gradient
+        (Ma et al., arXiv:2510.11370).
+        """
         # The logits stay fp32: rounded, experts would tie, and the sampler and the learner choose differently.
         logits = jnp.matmul(x, self.router[...].astype(x.dtype), preferred_element_type=jnp.float32)
         logits = constrain(logits, *TOKEN_AXES)
-        chosen, choice = jax.lax.top_k(jax.nn.softmax(logits), self.config.num_experts_per_tok)
+        probabilities = jax.nn.softmax(logits)
+        if choice is None:
+            chosen, choice = jax.lax.top_k(probabilities, self.config.num_experts_per_tok)
+        else:
+            choice = choice.astype(jnp.int32)
+            chosen = jnp.take_along_axis(probabilities, choice, axis=-1)
         return choice, chosen / chosen.sum(axis=-1, keepdims=True)
 
 

@@ -18,6 +18,9 @@ from models.qwen3_vl.runs import LayerRuns, scan_runs
 from models.qwen3_vl.visibility import Visibility
 from sharding import constrain
 
+_Extended = tuple[Array, Cache, Array | None]
+"""Hidden states, the cache with their keys and values, and the experts of the layers so far."""
+
 
 class TextLayer(nnx.Module):
     """Pre-norm decoder layer: attention with normed queries and keys, then a gated MLP, or a mixture of them."""
@@ -57,13 +60,16 @@ class TextLayer(nnx.Module):
         return constrain(queries, "batch", "tokens", "heads", None), keys, self.value(x)
 
     def finish(
-        self, x: Float[Array, "batch tokens embed"], attended: Float[Array, "batch tokens heads size"]
-    ) -> Float[Array, "batch tokens embed"]:
-        """The rest of the layer, once attention is done."""
+        self,
+        x: Float[Array, "batch tokens embed"],
+        attended: Float[Array, "batch tokens heads size"],
+        experts: Int[Array, "batch tokens chosen"] | None = None,
+    ) -> tuple[Float[Array, "batch tokens embed"], Int[Array, "batch tokens chosen"] | None]:
+        """The rest of the layer, once attention is done, and the experts of each token: those given, if any are."""
         x += self.out(attended)
         y = self.mlp_norm(x)
-        x += self._mlp(y) if self.experts is None else self.experts(y)
-        return constrain(x, "batch", "tokens", None)
+        y, experts = (self._mlp(y), None) if self.experts is None else self.experts(y, experts)
+        return constrain(x + y, "batch", "tokens", None), experts
 
     def _mlp(self, y: Float[Array, "batch tokens embed"]) -> Float[Array, "batch tokens embed"]:
         hidden = ACTIVATION_FUNCTIONS[self.config.hidden_act](self.gate(y)) * self.up(y)
@@ -88,18 +94,22 @@ class Decoder(nnx.Module):
         rotation: Rotation,
         visibility: Visibility,
         deepstack: Float[Array, "depth batch tokens embed"] | None = None,
+        experts: Int[Array, "batch tokens layers chosen"] | None = None,
         *,
         remat: Remat = "nothing",
         kernel: Kernel = "xla",
     ) -> Float[Array, "batch tokens embed"]:
-        """All tokens of the rows at once."""
+        """All tokens of the rows at once; through these `experts`, if they are given."""
 
-        def body(layer: TextLayer, x: Array, index: Array) -> Array:
+        def body(layer: TextLayer, x: Array, number: tuple[Array, Array | None]) -> Array:
+            index, experts = number
             queries, keys, values = layer.queries_keys_values(x, rotation)
             attended = attention(queries, keys.swapaxes(1, 2), values.swapaxes(1, 2), visibility, kernel=kernel)
-            return _add_features(layer.finish(x, attended), deepstack, index)
+            x, _ = layer.finish(x, attended, experts)
+            return _add_features(x, deepstack, index)
 
-        return self.norm(scan_runs(self.layers, body, x, self._layer_indices(), remat=remat))
+        by_layer = None if experts is None else jnp.moveaxis(experts, 2, 0)
+        return self.norm(scan_runs(self.layers, body, x, (self._layer_indices(), by_layer), remat=remat))
 
     def extend(
         self,
@@ -112,22 +122,32 @@ class Decoder(nnx.Module):
         shared: SharedPages | None = None,
         *,
         kernel: Kernel = "xla",
-    ) -> tuple[Float[Array, "batch tokens embed"], Cache]:
+    ) -> tuple[Float[Array, "batch tokens embed"], Cache, Int[Array, "batch tokens layers chosen"] | None]:
         """Tokens that continue what the cache holds, written at `index` of the rows whose pages `table` names.
 
-        The whole cache is carried through the scan and written in place; scanned over layer by layer, it would be
-        copied once a token.
+        With them come the experts that they went through, if there are any. The whole cache is carried through the scan
+        and written in place; scanned over layer by layer, it would be copied once a token.
         """
 
-        def body(layer: TextLayer, carry: tuple[Array, Cache], number: Array) -> tuple[Array, Cache]:
-            x, cache = carry
+        def body(layer: TextLayer, carry: _Extended, number: Array) -> _Extended:
+            x, cache, experts = carry
             queries, keys, values = layer.queries_keys_values(x, rotation)
             cache = cache.write(number, table, index, keys, values)
             attended = paged_attention(queries, cache, number, table, index, shared, kernel=kernel)
-            return _add_features(layer.finish(x, attended), deepstack, number), cache
+            x, chosen = layer.finish(x, attended)
+            if experts is not None and chosen is not None:
+                experts = experts.at[number].set(chosen.astype(experts.dtype))
+            return _add_features(x, deepstack, number), cache, experts
 
-        x, cache = scan_runs(self.layers, body, (x, cache), self._layer_indices())
-        return self.norm(x), cache
+        x, cache, experts = scan_runs(self.layers, body, (x, cache, self._no_experts(x)), self._layer_indices())
+        return self.norm(x), cache, None if experts is None else jnp.moveaxis(experts, 0, 2)
+
+    def _no_experts(self, x: Float[Array, "batch tokens embed"]) -> Int[Array, "layers batch tokens chosen"] | None:
+        text = self.config.text
+        if text.experts_a_token is None:
+            return None
+        layers, chosen = text.experts_a_token
+        return jnp.zeros((layers, *x.shape[:2], chosen), text.expert_dtype)
 
     def _layer_indices(self) -> Int[Array, " layers"]:
         return jnp.arange(self.config.text.num_hidden_layers)

@@ -29,7 +29,7 @@ class TinyLM(nnx.Module):
     def head(self) -> jax.Array:
         return self.output[...]
 
-    def hidden_states(self, input_ids, *, positions, segment_ids, prefix_ids, images=None):
+    def hidden_states(self, input_ids, *, positions, segment_ids, prefix_ids, images=None, experts=None):
         x = self.embedding[...][input_ids] + jnp.sin(positions[..., :1] * jnp.arange(1, WIDTH + 1) / 3)
         query, key, value = (x @ matrix for matrix in self.mix[...])
         own = segment_ids[:, :, None] == segment_ids[:, None, :]

@@ -121,7 +121,7 @@ def pass_costs(policy: Policy, config: RolloutConfig) -> dict[int, float]:
         start = jnp.full(config.slots, config.capacity // 2)
         index = start[:, None] + jnp.arange(token_ids.shape[1])
         positions = jnp.broadcast_to(index[..., None], (*index.shape, 3))
-        hidden, cache = model.extend(token_ids, positions=positions, cache=cache, table=table, start=start)
+        hidden, cache, _ = model.extend(token_ids, positions=positions, cache=cache, table=table, start=start)
         logits = model.logits(hidden).reshape(token_ids.size, -1)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), jnp.arange(token_ids.size))
         forbidden = jnp.asarray(policy.processor.forbidden)

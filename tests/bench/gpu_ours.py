@@ -65,7 +65,7 @@ def decode(sizes: Sizes) -> dict[str, float]:
     laid_out = programs.lay_out(params)
     for _ in range(1 + ROUNDS):
         cache = jax.block_until_ready(programs.empty_cache())
-        seconds, cache = timed(programs.extend, params, cache, extension)
+        seconds, (cache, _) = timed(programs.extend, params, cache, extension)
         prefills.append(seconds)
         seconds, (cache, _) = timed(programs.decode, laid_out, cache, running)
         decodes.append(seconds / sizes.new_tokens)

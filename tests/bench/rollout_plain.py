@@ -85,7 +85,7 @@ class Loop:
     def finish(self, batch: list[Trajectory]) -> int:
         """Samples a batch to its end. Returns the decode steps it took."""
         cache, steps, tools = self._programs.empty_cache(), 0, SlowTools()
-        cache = self._programs.extend(self._params, cache, self._prompts_of(batch))
+        cache, _ = self._programs.extend(self._params, cache, self._prompts_of(batch))
         while not all(one.done for one in batch):
             cache, report = self._programs.decode(self._laid_out, cache, self._running(batch))
             chunk = read_report(jax.device_get(report))
@@ -96,7 +96,7 @@ class Loop:
             for one, answer in zip(asking, answers, strict=True):
                 self._observe(one, answer.text)
             if any(not one.done for one in asking):
-                cache = self._programs.extend(self._params, cache, self._appended(batch))
+                cache, _ = self._programs.extend(self._params, cache, self._appended(batch))
         return steps
 
     def _take(self, one: Trajectory, tokens: np.ndarray) -> bool:

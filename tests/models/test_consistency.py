@@ -43,7 +43,9 @@ def whole(graphdef, params, inputs: Batch, prefix_ids=None):
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def extend(graphdef, params, cache, table, token_ids, positions, start, images=None):
     model = nnx.merge(graphdef, params)
-    hidden, cache = model.extend(token_ids, positions=positions, cache=cache, table=table, start=start, images=images)
+    hidden, cache, _ = model.extend(
+        token_ids, positions=positions, cache=cache, table=table, start=start, images=images
+    )
     return model.logits(hidden), cache
 
 

@@ -83,7 +83,7 @@ def steps(model: Qwen3VL, lanes: int = 1) -> jax.Array:
     def step(params: nnx.State, cache: Cache, tokens: jax.Array, at: jax.Array) -> tuple[jax.Array, Cache]:
         model, start = nnx.merge(graphdef, params), jnp.full(ROWS, at)
         positions = jnp.broadcast_to(at, (ROWS, 1, 3))
-        hidden, cache = model.extend(tokens, positions=positions, cache=cache, table=table, start=start)
+        hidden, cache, _ = model.extend(tokens, positions=positions, cache=cache, table=table, start=start)
         return model.logits(hidden[:, 0]), cache
 
     found = []

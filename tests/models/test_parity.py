@@ -165,7 +165,7 @@ def test_greedy_generation_token_for_token(pair):
         cache = KVCache.zeros(config, pages=1 + width, page=8, dtype=jnp.float32)
         table = unshared_table(1, width)
         start = jnp.zeros(1, jnp.int32)
-        hidden, cache = model.extend(
+        hidden, cache, _ = model.extend(
             token_ids, positions=positions, cache=cache, table=table, start=start, images=images
         )
         first = jnp.argmax(model.logits(hidden[:, -1]), -1)
@@ -173,7 +173,7 @@ def test_greedy_generation_token_for_token(pair):
 
         def step(carry, number):
             cache, token = carry
-            hidden, cache = model.extend(
+            hidden, cache, _ = model.extend(
                 token[:, None],
                 positions=jnp.broadcast_to(position + number, (1, 1, 3)),
                 cache=cache,

@@ -84,7 +84,9 @@ def test_greedy_generation_token_for_token(pair):
         place = functools.partial(jnp.broadcast_to, shape=(1, 1, 3))
         positions = jnp.broadcast_to(jnp.arange(len(ids))[None, :, None], (1, len(ids), 3))
         model = nnx.merge(stored, params)
-        hidden, cache = model.extend(jnp.asarray(ids)[None], positions=positions, cache=cache, table=table, start=start)
+        hidden, cache, _ = model.extend(
+            jnp.asarray(ids)[None], positions=positions, cache=cache, table=table, start=start
+        )
 
         def likeliest(logits):
             return jnp.argmax(logits.at[:, ends].set(-jnp.inf), -1)
@@ -93,7 +95,7 @@ def test_greedy_generation_token_for_token(pair):
             cache, token = carry
             model = nnx.merge(graphdef, laid_out)
             at = len(ids) + number
-            hidden, cache = model.extend(
+            hidden, cache, _ = model.extend(
                 token[:, None], positions=place(at), cache=cache, table=table, start=start + at
             )
             return (cache, likeliest(model.logits(hidden[:, 0]))), token

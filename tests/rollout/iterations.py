@@ -54,6 +54,7 @@ class Setting:
         self.policy = policy
         self.numbers = numbers
         self.train = train
+        self.replays = {"experts": rollout.get("replay_experts", False)}
         self.sampler = Sampler(
             policy.model,
             policy.processor,
@@ -91,7 +92,7 @@ class Setting:
         return self.sampler.sample(params, mine, samples=SAMPLES, step=step, numbers=self.numbers, **more)
 
     def fused(self):
-        pack = RowBatcher(self.train, self.policy.model.config, fixed=True)
+        pack = RowBatcher(self.train, self.policy.model.config, fixed=True, **self.replays)
         return make_iterate(
             self.sampler.programs,
             self.update,
@@ -105,7 +106,7 @@ class Setting:
 
 def host_driven(setting: Setting, prompts, steps: int):
     state, found = setting.state(), []
-    pack = RowBatcher(setting.train, setting.policy.model.config)
+    pack = RowBatcher(setting.train, setting.policy.model.config, **setting.replays)
     for step in range(steps):
         trajectories = setting.sample(state.params, prompts, step)
         found += trajectories

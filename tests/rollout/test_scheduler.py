@@ -45,7 +45,7 @@ def sampled(scheduler: Scheduler, plan: Round, counts: list[int], ended: list[bo
     slots = len(plan.running.pending)
     counts, flags = counts + [0] * (slots - len(counts)), np.array(ended + [False] * (slots - len(ended)))
     zeros = np.zeros((slots, CHUNK), np.float32)
-    chunk = Chunk(np.array(counts), zeros.astype(int), zeros, zeros, flags, np.zeros(slots, bool), max(counts))
+    chunk = Chunk(np.array(counts), zeros.astype(int), zeros, zeros, flags, np.zeros(slots, bool), max(counts), None)
     return [each.strand for each in scheduler.take(chunk) if each.ended]
 
 
