@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 # More extras of pyproject.toml, each with a leading comma: make setup EXTRAS=,cuda
 EXTRAS ?=
 ARGS ?=
+# Tests that run at a time, whole files of them; 0: one, in the process that pytest is.
+WORKERS ?= 2
 # One benchmark of tests/bench by name; none: all of them.
 BENCH ?=
 
@@ -33,10 +35,10 @@ quickstart: $(RUNTIME)  ## cold start, HDPO, evaluation, report and export on bu
 	$(BIN)/hdpo quickstart $(ARGS)
 
 test: lint  ## lint, then every test (ARGS='-k losses')
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 test-fast: $(TESTING)  ## the tests that take seconds
-	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) -m 'not slow' $(ARGS)
 
 lint: $(TESTING)  ## ruff and pyright
 	$(BIN)/ruff check

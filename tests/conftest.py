@@ -7,6 +7,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+# Most of a test's time is the compiler's, and what tests compute is small: a quarter of the time, for programs that run
+# a little slower. The processes that tests start get the compiler as users do.
+QUICK_TO_COMPILE = (
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_use_fusion_emitters=false",
+)
+users_flags = os.environ.get("XLA_FLAGS")
+os.environ["XLA_FLAGS"] = " ".join(filter(None, [users_flags, *QUICK_TO_COMPILE]))
+
 import functools
 import shutil
 import subprocess
@@ -16,6 +26,12 @@ import pytest
 
 # Before any array exists: the number of devices is fixed when the backend starts.
 jax.config.update("jax_num_cpu_devices", 8)
+# Which is here, and with it the flags are read.
+jax.devices()
+if users_flags is None:
+    del os.environ["XLA_FLAGS"]
+else:
+    os.environ["XLA_FLAGS"] = users_flags
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from hdpo_jax.rollout.packing import RowShape, assign_rows, fill_rows, group_fam
 from hdpo_jax.rollout.sampler import Sampler
 from hdpo_jax.train.policy import Policy
 from hdpo_jax.types import PackedRows
-from models.qwen3_vl import KVCache, MoEConfig, Qwen3VL, TextConfig
+from models.qwen3_vl import KVCache, MoEConfig, Qwen3VL, Qwen3VLConfig, TextConfig
 from models.qwen3_vl.cache import unshared_table
 from models.qwen3_vl.images import mrope_positions, pack_images
 from models.qwen3_vl.layers import Precision
@@ -32,9 +32,9 @@ EXPERTS, CHOSEN = 8, 2
 
 def with_experts(policy: Policy) -> Policy:
     """Of the same size, with experts in every second layer; random weights, the same on any mesh."""
-    text = policy.model.config.text
+    sizes: Any = policy.model.config
     moe = MoEConfig(num_experts=EXPERTS, num_experts_per_tok=CHOSEN, moe_intermediate_size=16, decoder_sparse_step=2)
-    config = replace(policy.model.config, text=replace(text, moe=moe, initializer_range=0.1))
+    config: Qwen3VLConfig = replace(sizes, text=replace(sizes.text, moe=moe, initializer_range=0.1))
     model = Qwen3VL(config, rngs=nnx.Rngs(0), dtype=jnp.float32, remat="nothing")
     graphdef, params = nnx.split(model)
     params = jax.device_put(params, param_shardings(params, policy.mesh))
