@@ -88,7 +88,7 @@ def estimate(name: str, program: Program, setting: Setting, topology: Topology) 
     cores = topology.chip.devices
     module = Module(
         compiled.as_text(),
-        trips=loop_trips(setting, workload),
+        trips=loop_trips(name, setting, workload),
         kernels=kernel_costs(name, setting, workload),
     )
     memory = compiled.memory_analysis()
@@ -142,11 +142,12 @@ def roofline(cost: Cost, chip: Chip) -> float:
     )
 
 
-def loop_trips(setting: Setting, workload: Workload) -> Mapping[str, float]:
+def loop_trips(name: str, setting: Setting, workload: Workload) -> Mapping[str, float]:
     """How often the loops run that stop when the data says so, by the scope that the source gives them."""
     config = setting.config
     rollout, train = config.rollout, config.train
-    micro_batches = -(-train.max_rows // train.micro_batch_rows) / train.mini_batches
+    steps = train.mini_batches if name == "update" else 1
+    micro_batches = -(-train.max_rows // train.micro_batch_rows) / steps
     rows = train.micro_batch_rows / setting.shards("batch")
     span = logprobs.BLOCK * setting.shards("tokens") / max(rows, 1)
     own = workload.response / 2

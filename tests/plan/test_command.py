@@ -10,9 +10,10 @@ from hdpo_jax.commands import run_command
 from hdpo_jax.config import ConfigError, RLConfig
 from hdpo_jax.config_files import load_config
 from hdpo_jax.plan import command
-from hdpo_jax.plan.estimate import Estimate, sizes_of, tokens_of
+from hdpo_jax.plan.estimate import Estimate, loop_trips, sizes_of, tokens_of
 from hdpo_jax.plan.programs import Setting, learning_programs
 from hdpo_jax.plan.topology import Topology
+from hdpo_jax.plan.workload import Workload
 from models.qwen3_vl import Qwen3VLConfig, TextConfig, VisionConfig
 
 # Small, with the head sizes of the published models: 128 and 72.
@@ -92,6 +93,15 @@ def test_figures_are_counted_kept_and_told(config, tmp_path, monkeypatch, capsys
     captured = capsys.readouterr()
     assert "compiling" not in captured.err
     assert json.loads(captured.out) == found
+
+
+def test_a_supervised_step_computes_all_rows_at_once_and_an_update_by_mini_batches(config):
+    asked = load_config(config, RLConfig)
+    asked = dataclasses.replace(asked, train=dataclasses.replace(asked.train, max_rows=12, mini_batches=2))
+    sizes = sizes_of(asked)
+    setting = Setting.of(asked, sizes, Topology(asked.topology).devices())
+    trips = {name: loop_trips(name, setting, Workload.of(asked, sizes)) for name in ("sft_step", "update")}
+    assert (trips["sft_step"]["micro_batches"], trips["update"]["micro_batches"]) == (6, 3)
 
 
 def test_a_verdict_adds_up_a_step_of_full_rows(config):
