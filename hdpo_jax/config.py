@@ -142,7 +142,8 @@ class RolloutConfig:
     mesh.tensor only; it takes that memory, and spares every step the gathering over mesh.fsdp."""
     replay_experts: bool = False
     """Of a mixture of experts: what is learned from a token goes through the experts that it went through when it was
-    sampled, whatever the router would choose by now or in other arithmetic. A byte for each, layer by layer."""
+    sampled, whatever the router would choose by now or in other arithmetic. On host and device a token takes a byte for
+    each, layer by layer: 384 for a 30B-A3B."""
     longest_first: bool = True
     """Prompts whose rollouts were long before start first."""
     temperature: float = 1.0

@@ -98,8 +98,11 @@ class Trajectory:
     calls: int
     """Every tool call sent: malformed, unknown, refused, timed-out and failed ones count too."""
     stop: StopReason
-    experts: Int[np.ndarray, "tokens_but_one layers chosen"] | None = None
-    """Those that each token went through when it was sampled from, the last one left out; None: not recorded."""
+    prompt_experts: Int[np.ndarray, "prompt_but_one layers chosen"] | None = None
+    """Those that the prompt's tokens went through, its last one left out; one array for all that go on from it. None:
+    not recorded, or there are no such tokens."""
+    experts: Int[np.ndarray, "response layers chosen"] | None = None
+    """Those of the prompt's last token and of all behind it, the very last left out; None: not recorded."""
 
     @property
     def usable(self) -> bool:

@@ -1,4 +1,4 @@
-"""What every test runs under: eight fake CPU devices, no network, no accelerator."""
+"""What every test runs under: eight fake CPU devices and no network. A GPU is for processes that tests start."""
 
 import os
 

@@ -58,7 +58,7 @@ def evaluate(
         encode = PromptEncoder(policy.processor, rollout)
         dataset = PromptDataset(data, problem=encode.problem)
         count = min(limit or len(dataset), len(dataset))
-        rollout = replace(rollout, slots=min(rollout.slots, count * samples))
+        rollout = replace(rollout, slots=min(rollout.slots, count * samples), replay_experts=False)
         sampler = policy.sampler(toolbox, agent=agent, rollout=rollout, seed=seed, encode=encode)
         results = evaluate_policy(
             sampler, policy.params, dataset, output / "trajectories.jsonl", count=count, samples=samples

@@ -68,7 +68,7 @@ class Setting:
                 dtype=jnp.dtype(settings.dtype),
                 param_dtype=jnp.dtype(settings.param_dtype),
                 remat=settings.remat,
-                kernel=kernel_for(self.mesh.devices.flat[0].platform),
+                kernel=kernel_for(self.mesh.devices.flat[0]),
             )
         )
         graphdef, params = nnx.split(model)

@@ -159,9 +159,9 @@ def make_programs(
             start=extension.start,
             images=extension.images,
         )
-        return cache.sharded(), recorded(experts)
+        return cache.sharded(), asked_for(experts)
 
-    def recorded(experts: Experts | None) -> Experts | None:
+    def asked_for(experts: Experts | None) -> Experts | None:
         return constrain(experts, "slots", None, None, None) if config.replay_experts and experts is not None else None
 
     def copy(cache: Cache, copies: Copies) -> Cache:
@@ -229,7 +229,7 @@ def make_programs(
             steps, cache, then, forced, sampled, record = jax.lax.while_loop(goes_on, one_token, first)
         ended = (running.active & ~then.active).astype(jnp.int32) + forced
         flags = jnp.stack([then.length - running.length, ended, jnp.full(slots, steps)], axis=1)
-        return cache, Report(constrain(jnp.concatenate([flags, *sampled], axis=1), "slots", None), recorded(record))
+        return cache, Report(constrain(jnp.concatenate([flags, *sampled], axis=1), "slots", None), asked_for(record))
 
     def no_experts(slots: int) -> Experts | None:
         sizes = model_config.text.experts_a_token

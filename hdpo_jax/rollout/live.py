@@ -67,5 +67,6 @@ class Live:
             turns=self.turns,
             calls=self.calls,
             stop=stop,
+            prompt_experts=self.strand.begun.experts if self.strand.begun else None,
             experts=self.strand.experts,
         )

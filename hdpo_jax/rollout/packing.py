@@ -72,7 +72,10 @@ class RowShape(NamedTuple):
 
 
 def group_family(group: Sequence[Trajectory], first_rollout: int, config: PolicyConfig) -> Family:
-    """A group's rollouts as segments behind their prompt. `first_rollout` is the flat index of sample 0."""
+    """A group's rollouts as segments behind their prompt. `first_rollout` is the flat index of sample 0.
+
+    The prompt's experts are those of sample 0: another lane may have computed it for others.
+    """
     lead = group[0]
     last = lead.prompt_length - 1
     segments = []
@@ -89,7 +92,7 @@ def group_family(group: Sequence[Trajectory], first_rollout: int, config: Policy
                 sampled_logprobs=trajectory.sampled_logprobs[last + 1 :],
                 rollout=first_rollout + trajectory.sample,
                 images=trajectory.images[trajectory.prompt_images :],
-                experts=None if trajectory.experts is None else trajectory.experts[last:],
+                experts=trajectory.experts,
             )
         )
     images = lead.images[: lead.prompt_images]
@@ -103,7 +106,7 @@ def group_family(group: Sequence[Trajectory], first_rollout: int, config: Policy
         sampled_logprobs=np.zeros(last, np.float32),
         rollout=0,
         images=images,
-        experts=None if lead.experts is None else lead.experts[:last],
+        experts=lead.prompt_experts,
     )
     return Family(prefix=prefix, segments=segments)
 
@@ -129,8 +132,8 @@ def conversation_family(
     return Family(prefix=None, segments=[segment])
 
 
-def experts_a_token(config: PolicyConfig) -> tuple[int, int]:
-    """Layers, and experts in each; ConfigError for a model that has none to replay."""
+def require_experts(config: PolicyConfig) -> tuple[int, int]:
+    """Layers, and experts of a token in each; ConfigError for a model that has none to replay."""
     found = config.text.experts_a_token
     if found is None:
         raise ConfigError("rollout.replay_experts is on, and the model has no experts: expected False")
@@ -202,7 +205,7 @@ def fill_rows(
     feature_index = np.full(size, -1, np.int32)
     images: list[list[EncodedImage]] = [[] for _ in range(count)]
     merge = merge_side(config) ** 2
-    replayed = np.zeros((*size, *experts_a_token(config)), config.text.expert_dtype) if experts else None
+    replayed = _no_experts(size, config) if experts else None
 
     for r, families in enumerate(rows):
         cursor, number, features = 0, 0, 0
@@ -221,7 +224,7 @@ def fill_rows(
                 rollout[r, at] = np.where(segment.loss_mask, segment.rollout, 0)
                 segment_ids[r, at] = number
                 prefix_ids[r, at] = prefix_number or number
-                if replayed is not None:
+                if replayed is not None and segment.tokens:
                     replayed[r, at] = segment.experts
                 if segment.images:
                     places = np.flatnonzero(np.isin(segment.token_ids, placeholder_ids(config))) + cursor
@@ -236,6 +239,12 @@ def fill_rows(
     policy: list[Any] = [targets, loss_mask, rollout, logprobs, sampled_logprobs]
     arrays: list[Any] = [token_ids, positions, segment_ids, prefix_ids, *policy, packed, replayed]
     return PackedRows(*arrays)
+
+
+def _no_experts(size: tuple[int, int], config: PolicyConfig) -> Int[np.ndarray, "rows tokens layers chosen"]:
+    """What padding goes through: as many experts as any token, for none may be named twice."""
+    layers, chosen = require_experts(config)
+    return np.broadcast_to(np.arange(chosen, dtype=config.text.expert_dtype), (*size, layers, chosen)).copy()
 
 
 def padding_share(rows: PackedRows, micro_batches: Int[np.ndarray, " mini"]) -> float:

@@ -14,7 +14,7 @@ from hdpo_jax.config import AgentConfig, ConfigError, RolloutConfig
 from hdpo_jax.rollout.agent import Rollout
 from hdpo_jax.rollout.engine import Chunk, Experts, Programs, make_programs, read_report
 from hdpo_jax.rollout.lockstep import Lanes, next_round, spread
-from hdpo_jax.rollout.packing import experts_a_token
+from hdpo_jax.rollout.packing import require_experts
 from hdpo_jax.rollout.prompts import PromptEncoder
 from hdpo_jax.rollout.scheduler import Round, Scheduler
 from hdpo_jax.rollout.stats import RolloutStats
@@ -52,7 +52,7 @@ class Sampler:
                 "which an empty observation takes"
             )
         if rollout.replay_experts:
-            experts_a_token(model.config)
+            require_experts(model.config)
         self._processor = processor
         self._toolbox = toolbox
         self._mesh = mesh

@@ -102,14 +102,16 @@ class Strand:
     def record(self, begin: int, experts: Int[np.ndarray, "tokens layers chosen"]) -> None:
         """Keeps the experts of tokens from `begin` on; of those that are computed anew, what was there stays."""
         known = self.prompt + sum(map(len, self.recorded))
+        assert begin <= known, "tokens are recorded in their order"
         if begin + len(experts) > known:
             self.recorded.append(experts[known - begin :].copy())
 
     @property
     def experts(self) -> Int[np.ndarray, "tokens layers chosen"] | None:
-        """Of all tokens but the last, which went through none; None where they are not recorded."""
-        parts = [*(self.begun.recorded if self.begun else []), *self.recorded]
-        return np.concatenate(parts) if parts else None
+        """What is recorded, as one array; None where nothing is."""
+        if len(self.recorded) > 1:
+            self.recorded = [np.concatenate(self.recorded)]
+        return self.recorded[0] if self.recorded else None
 
     def forget(self) -> None:
         """Nothing of it is in the cache any more."""

@@ -10,7 +10,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Int
 
-from hdpo_jax.config import ConfigError, TrainConfig
+from hdpo_jax.config import ConfigError, RLConfig, TrainConfig
 from hdpo_jax.rollout.packing import Family, RowShape, assign_rows, fill_rows
 from hdpo_jax.types import PackedRows
 from models.policy import PolicyConfig
@@ -52,6 +52,12 @@ class RowBatcher:
         self._fixed = fixed
         self._settings: dict[str, Any] = {"patch_dtype": patch_dtype, "experts": experts}
         self.model = model
+
+    @classmethod
+    def of(cls, config: RLConfig, model: PolicyConfig, patch_dtype: DTypeLike) -> "RowBatcher":
+        """What packs the rollouts of a run."""
+        fixed, experts = config.rollout.mode == "fused", config.rollout.replay_experts
+        return cls(config.train, model, fixed=fixed, patch_dtype=patch_dtype, experts=experts)
 
     def __call__(self, mini_batches: Sequence[Sequence[Family]]) -> tuple[PackedRows, Int[np.ndarray, " mini"]]:
         """The packed rows, and how many micro-batches of each mini-batch hold any, here or in another process."""

@@ -66,13 +66,7 @@ def make_iteration(
         shardings=shardings,
     )
     fixed = config.rollout.mode == "fused"
-    pack = RowBatcher(
-        config.train,
-        policy.model.config,
-        fixed=fixed,
-        patch_dtype=policy.model.dtype,
-        experts=config.rollout.replay_experts,
-    )
+    pack = RowBatcher.of(config, policy.model.config, policy.model.dtype)
     samples, mini_batches = config.train.group_size, config.train.mini_batches
 
     def on_policy(params: nnx.State, prompts: Sequence[Prompt], number: int) -> Rollout:

@@ -1,7 +1,8 @@
 """Attention: one function for whole rows, with several kernels, and one for rows whose keys lie in pages."""
 
+import re
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from models.policy import PolicyConfig
 from models.qwen3_vl import cudnn, flash_decoding, ragged, splash
 from models.qwen3_vl.cache import Cache, KVCache, RaggedCache, SharedPages, by_lane
 from models.qwen3_vl.layers import ATTENTION
-from models.qwen3_vl.visibility import HIDDEN, Visibility
+from models.qwen3_vl.visibility import UNSEEN, Visibility
 from sharding import constrain, shards
 
 CAUSAL_BLOCK = 128
@@ -25,10 +26,12 @@ Kernel = Literal["xla", "splash", "cudnn"]
 """What computes attention: XLA's products everywhere, a kernel on a TPU, another on a GPU."""
 
 
-def kernel_for(platform: str) -> Kernel:
-    """What suits the devices of a platform, by JAX's name of it."""
-    kernels: dict[str, Kernel] = {"tpu": "splash", "gpu": "cudnn"}
-    return kernels.get(platform, "xla")
+def kernel_for(device: Any) -> Kernel:
+    """What suits a device: of GPUs, those of NVIDIA from Ampere on have a kernel."""
+    if device.platform == "gpu":
+        capability = str(getattr(device, "compute_capability", ""))
+        return "cudnn" if re.fullmatch(r"([89]|\d\d)\.\d", capability) else "xla"
+    return "splash" if device.platform == "tpu" else "xla"
 
 
 def cache_for(platform: str, config: PolicyConfig) -> type[KVCache] | type[RaggedCache]:
@@ -80,7 +83,7 @@ def dense_attention(
     # gradients, as products over five named dimensions.
     rows = grouped.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, size)
     scores = jnp.einsum("bkqd,bksd->bkqs", rows, keys.astype(rows.dtype), preferred_element_type=jnp.float32)
-    scores = scores.reshape(batch, kv_heads, -1, length, tokens) + jnp.where(mask, 0, HIDDEN)
+    scores = scores.reshape(batch, kv_heads, -1, length, tokens) + jnp.where(mask, 0, UNSEEN)
     scores = scores.reshape(batch, kv_heads, -1, tokens)
     # The sum is divided by at the end: then the gradient needs no sum over keys, only one over `size`.
     shares = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
@@ -182,7 +185,7 @@ class _Sums(NamedTuple):
     @classmethod
     def nothing(cls, queries: Array) -> "_Sums":
         shape = queries.shape[:-1]
-        return cls(jnp.full(shape, HIDDEN), jnp.zeros(shape), jnp.zeros(queries.shape))
+        return cls(jnp.full(shape, UNSEEN), jnp.zeros(shape), jnp.zeros(queries.shape))
 
 
 def _look(
@@ -218,7 +221,7 @@ def _look(
         scores = score(by_head, keys)
         seen = number * block * page + jnp.arange(keys.shape[-1]) < tokens[:, :, None]
         seen = jnp.broadcast_to(seen[:, None, None], (rows, 1, group, *seen.shape[1:]))
-        scores = jnp.where(seen.reshape(rows, 1, group * length, -1), scores, HIDDEN)
+        scores = jnp.where(seen.reshape(rows, 1, group * length, -1), scores, UNSEEN)
         most = jnp.maximum(sums.most, scores.max(axis=-1))
         shares = jnp.exp(scores - most[..., None])
         kept = jnp.exp(sums.most - most)

@@ -1,8 +1,9 @@
 """Attention of many tokens on a GPU: cuDNN's fused kernel, as `jax.nn.dot_product_attention` calls it.
 
 Scores never lie in memory. The kernel knows causal rows and where rows end; who sees whom beside that is a mask in
-memory, the same for all heads of a row. A causal row that is one segment needs none, and takes half the time: whether
-rows are that is found in the program.
+memory, the same for all heads of a row. Where every token sees all before it (one conversation a row, or a prompt and a
+response) there is none, and it takes half the time: whether that is so is found in the program. JAX 0.10 computes the
+mask's gradient along, which nobody wants; 0.11 does not.
 """
 
 from functools import partial
@@ -98,14 +99,15 @@ def _on_a_device(
 
     if not causal or key_ids is None:
         return masked(queries, keys, values)
-    return jax.lax.cond(_one_segment(key_ids), attend, masked, queries, keys, values)
+    return jax.lax.cond(_see_all_before(key_ids, prefix_ids), attend, masked, queries, keys, values)
 
 
-def _one_segment(ids: Int[Array, "batch keys"]) -> Bool[Array, ""]:
-    """Whether each row is one segment, and padding after it."""
-    held = ids > 0
-    alike = jnp.all((ids == ids[:, :1]) | ~held)
-    return alike & jnp.all(held[:, :-1] | ~held[:, 1:])
+def _see_all_before(ids: Int[Array, "batch tokens"], prefix_ids: Int[Array, "batch tokens"] | None) -> Bool[Array, ""]:
+    """Whether each row is one segment, or one and another that sees it, and padding after that."""
+    held, first = ids > 0, ids[:, :1]
+    prefix_ids = ids if prefix_ids is None else prefix_ids
+    second = (ids == ids.max(axis=1, keepdims=True)) & (prefix_ids == first)
+    return jnp.all((ids == first) | second | ~held) & jnp.all(held[:, :-1] | ~held[:, 1:])
 
 
 def cached_attention(
@@ -119,8 +121,9 @@ def cached_attention(
 ) -> Float[Array, "batch queries heads size"]:
     """What `paged_attention` computes, of tokens that follow each other; each device for its own lanes and heads.
 
-    Where nothing stands before any of them (prompts), they see each other alone; else all pages of the rows are copied
-    together, and a mask says where they begin.
+    Where nothing stands before any of them (prompts), they see each other alone. Else the pages of all rows are copied
+    together, as far as the longest row reaches (or a little further: the lengths are a few static ones), and a mask
+    says where each begins.
     """
     arrays = (queries, *cache, layer, table, index[:, 0])
     of_queries, of_rows = ("slots", None, "heads", None), ("slots", None)
@@ -158,10 +161,14 @@ def _of_pages(
         keys, values = read(of_queries)
         return attend(queries, keys[:, :length], values[:, :length], is_causal=True)
 
-    def later() -> Array:
-        keys, values = read(table.shape[1])
+    def later(width: int) -> Array:
+        keys, values = read(width)
         seen = jnp.arange(keys.shape[1]) <= (start[:, None] + jnp.arange(length))[:, :, None]
         reached = jnp.clip(start + length, 1, keys.shape[1])
         return attend(queries, keys, values, mask=seen[:, None], key_value_seq_lengths=reached)
 
-    return jax.lax.cond(jnp.all(start <= 0), first, later)
+    widths = sorted({max(of_queries, -(-table.shape[1] // part)) for part in (8, 4, 2, 1)})
+    reach = -(-jnp.max(start + length) // page)
+    # Padding may reach past the last page: the last width is wide enough for what is there.
+    wide = jnp.sum(reach > jnp.asarray(widths[:-1], jnp.int32))
+    return jax.lax.switch(jnp.where(jnp.all(start <= 0), 0, 1 + wide), [first, *(partial(later, w) for w in widths)])

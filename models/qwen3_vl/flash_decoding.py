@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from models.qwen3_vl.cache import KVCache
 from models.qwen3_vl.fallback import say_once
-from models.qwen3_vl.visibility import HIDDEN
+from models.qwen3_vl.visibility import UNSEEN
 from sharding import on_each_device, shards
 
 LEAST = 16
@@ -25,7 +25,9 @@ PAGES = 8
 """Of a row that one block of threads reads, at least: enough blocks to fill the chip, and few sums to join."""
 MOST_PARTS = 16
 WARPS, STAGES = 4, 3
-"""Of a block of threads; pages on their way at a time."""
+"""Of a block of threads; pages on their way at a time, at most."""
+SHARED_BYTES = 96 * 2**10
+"""Of memory that a block of threads has for them, on any GPU that the kernel runs on."""
 
 
 def takes(cache: KVCache) -> bool:
@@ -33,10 +35,17 @@ def takes(cache: KVCache) -> bool:
     heads, size, page = cache.keys.shape[3:]
     fits = all(number >= LEAST and number.bit_count() == 1 for number in (size, page))
     fits = fits and cache.keys.dtype in (jnp.bfloat16, jnp.float16) and heads % shards("kv_heads") == 0
+    fits = fits and stages(size, page) > 0
     if not fits:
         what = f"{heads} key-value heads of {size} in pages of {page} in {cache.keys.dtype.name}"
-        say_once(f"{what}: expected powers of two from {LEAST}, in bfloat16; decoding without the kernel for a GPU")
+        limits = f"powers of two from {LEAST} in bfloat16, {SHARED_BYTES >> 10} KiB a page"
+        say_once(f"{what}: expected {limits}; decoding without the kernel for a GPU")
     return fits
+
+
+def stages(size: int, page: int) -> int:
+    """How many pages of a head are on their way at a time; 0: not even one has room."""
+    return min(STAGES, SHARED_BYTES // (2 * 2 * size * page))
 
 
 def decode_attention(
@@ -103,7 +112,7 @@ def _on_a_device(
         ],
         out_specs=[of_part(rows), of_part(rows), of_part(rows, size)],
         out_shape=[sums(rows), sums(rows), sums(rows, size)],
-        compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=STAGES),
+        compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=stages(size, page)),
         interpret=interpret,
         name="decode_attention",
     )(table, jnp.minimum(index[:, 0], page * width - 1) + 1, scaled, *(_flat(each) for each in (keys, values)))
@@ -134,14 +143,14 @@ def _kernel(
         at = table_ref[number]
         scores = triton.dot(queries, keys_ref[at])
         seen = number * page + jnp.arange(page) < tokens
-        scores = jnp.where(seen[None], scores, HIDDEN)
+        scores = jnp.where(seen[None], scores, UNSEEN)
         most = jnp.maximum(most_before, scores.max(axis=1))
         shares, kept = jnp.exp2(scores - most[:, None]), jnp.exp2(most_before - most)
         values = values_ref[at]
         mixed = mixed * kept[:, None] + triton.dot(shares.astype(values.dtype), values)
         return most, total * kept + shares.sum(axis=1), mixed
 
-    nothing = jnp.full(queries.shape[:1], HIDDEN), jnp.zeros(queries.shape[:1]), jnp.zeros(queries.shape)
+    nothing = jnp.full(queries.shape[:1], UNSEEN), jnp.zeros(queries.shape[:1]), jnp.zeros(queries.shape)
     most_ref[...], total_ref[...], mixed_ref[...] = jax.lax.fori_loop(first, stop, step, nothing)
 
 

@@ -239,10 +239,10 @@ def load_hf(
         sources.setdefault(place.path, []).append((place, stored[name]))
 
     def build() -> Qwen3VL:
-        kernel = kernel_for(platform)
+        kernel = kernel_for(device)
         return form.model(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=param_dtype, remat=remat, kernel=kernel)
 
-    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
     graphdef, abstract = nnx.split(nnx.eval_shape(build))
     if mesh is None:
         here = jnp.zeros(()).sharding  # the default device's

@@ -14,8 +14,8 @@ from jaxtyping import Array, Float
 
 Remat = Literal["nothing", "full", "save_attention", "offload"]
 """What the backward pass computes anew. nothing: all that it needs is kept. full: all but what passes from layer to
-layer. save_attention: the same, but what attention gives is kept, too. offload: as full, and what is kept waits in host
-memory."""
+layer. save_attention: the same, but what attention gives is kept, too (to no avail on a GPU, whose kernel needs more
+than that). offload: as full, and what is kept waits in host memory."""
 ATTENTION, LAYER_INPUT = "attention", "layer_input"
 """Names (`checkpoint_name`) by which arrays are kept."""
 LayerT = TypeVar("LayerT", bound=nnx.Module)

@@ -67,12 +67,11 @@ class SparseMLP(nnx.Module):
         # The logits stay fp32: rounded, experts would tie, and the sampler and the learner choose differently.
         logits = jnp.matmul(x, self.router[...].astype(x.dtype), preferred_element_type=jnp.float32)
         logits = constrain(logits, *TOKEN_AXES)
-        probabilities = jax.nn.softmax(logits)
-        if choice is None:
-            chosen, choice = jax.lax.top_k(probabilities, self.config.num_experts_per_tok)
-        else:
+        if choice is not None:
             choice = choice.astype(jnp.int32)
-            chosen = jnp.take_along_axis(probabilities, choice, axis=-1)
+            # The same as below, and sound where all of these have become unlikely.
+            return choice, jax.nn.softmax(jnp.take_along_axis(logits, choice, axis=-1))
+        chosen, choice = jax.lax.top_k(jax.nn.softmax(logits), self.config.num_experts_per_tok)
         return choice, chosen / chosen.sum(axis=-1, keepdims=True)
 
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-HIDDEN = -1e30
+UNSEEN = -1e30
 """The score of a key that is not seen. Finite, so that a query that sees nothing (padding) gives an average and not
 NaN, forward and backward."""
 

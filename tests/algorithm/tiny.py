@@ -78,7 +78,9 @@ def random_rollouts(seed: int, prompts: int, group: int) -> list[Rollout]:
 
 def pack_row(rollouts: Sequence[Rollout], tokens: int, *, share_prompts: bool) -> PackedRows:
     """One row: every rollout behind its own copy of the prompt, or all rollouts of a prompt behind one."""
-    fields: dict[str, list[int]] = {name: [] for name in PackedRows._fields if name not in ("images", "positions")}
+    fields: dict[str, list[int]] = {
+        name: [] for name in PackedRows._fields if name not in ("images", "positions", "experts")
+    }
     at: list[int] = []
     numbers: dict[bytes, int] = {}
     count = 0

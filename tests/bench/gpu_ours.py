@@ -128,7 +128,7 @@ def sizes_of(sizes: Sizes) -> Qwen3VLConfig:
 @functools.cache
 def made(sizes: Sizes) -> Qwen3VL:
     """Random weights, all in bf16, made where they are used."""
-    config, kernel = sizes_of(sizes), kernel_for(jax.default_backend())
+    config, kernel = sizes_of(sizes), kernel_for(jax.devices()[0])
 
     @nnx.jit
     def model() -> Qwen3VL:

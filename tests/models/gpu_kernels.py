@@ -27,19 +27,21 @@ def differences(*only: str) -> dict[str, float]:
     on_gpu = jax.default_backend() == "gpu"
     whole: Any = partial(cudnn_attention, heads_axis="heads", implementation="cudnn" if on_gpu else "xla")
     many: Any = partial(cached_attention, implementation="cudnn" if on_gpu else "xla")
-    one: Any = partial(decode_attention, interpret=not on_gpu)
+    step: Any = partial(decode_attention, interpret=not on_gpu)
     ids = jnp.asarray(np.repeat([1, 2, 3, 0], [100, 50, 70, 36])[None].repeat(ROWS, 0))
     index = jnp.broadcast_to(jnp.arange(TOKENS), ids.shape)
-    alone, prefixes = jnp.minimum(ids, 1), jnp.where(ids == 3, 1, ids)
+    alone, pair, prefixes = jnp.minimum(ids, 1), jnp.minimum(ids, 2), jnp.where(ids == 3, 1, ids)
     end = WIDTH * PAGE
     cases = {
         "shared prompts": partial(of_rows, whole, Visibility(ids, prefixes, ids, index), SIZE, ids),
         "a conversation a row": partial(of_rows, whole, Visibility(alone, None, alone, index), SIZE, alone),
+        "a prompt and a response": partial(of_rows, whole, Visibility(pair, alone, pair, index), SIZE, pair),
         "a conversation, no ids": partial(of_rows, whole, Visibility(query_index=index), SIZE, ids),
         "images": partial(of_rows, whole, Visibility(query_ids=ids, key_ids=ids), 72, ids),
         "prompts": partial(of_pages, many, (0, 0, 0, 0), 50),
         "observations": partial(of_pages, many, (0, 5, 700, end - 50), 50),
-        "a decode step": partial(of_pages, one, (0, PAGE - 1, 700, end - 1), 1),
+        "observations of short rows": partial(of_pages, many, (0, 5, 90, 17), 50),
+        "a decode step": partial(of_pages, step, (0, PAGE - 1, 700, end - 1), 1),
     }
     return {name: case() for name, case in cases.items() if not only or name in only}
 

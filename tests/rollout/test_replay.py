@@ -10,9 +10,10 @@ import pytest
 from flax import nnx
 
 from hdpo_jax.algorithm.forward import row_states
-from hdpo_jax.config import ConfigError, RolloutConfig
+from hdpo_jax.config import ConfigError, DataConfig, ModelConfig, RLConfig, RolloutConfig
 from hdpo_jax.rollout.packing import RowShape, assign_rows, fill_rows, group_family
 from hdpo_jax.rollout.sampler import Sampler
+from hdpo_jax.train.batching import RowBatcher
 from hdpo_jax.train.policy import Policy
 from hdpo_jax.types import PackedRows
 from models.qwen3_vl import KVCache, MoEConfig, Qwen3VL, Qwen3VLConfig, TextConfig
@@ -20,14 +21,14 @@ from models.qwen3_vl.cache import unshared_table
 from models.qwen3_vl.images import mrope_positions, pack_images
 from models.qwen3_vl.layers import Precision
 from models.qwen3_vl.moe import SparseMLP
-from sharding import param_shardings
+from sharding import make_mesh, param_shardings, shard_batch
 from tests.rollout.chatty import AGENT, ROLLOUT, chatty_policy
-from tests.rollout.iterations import PROMPTS, Setting, fused, host_driven
+from tests.rollout.iterations import PROMPTS, TRAIN, Setting, fused, host_driven
 from tests.rollout.test_agent import Camera, assert_same
 from tests.updates import assert_learned_the_same
 
 RECORDING = replace(ROLLOUT, replay_experts=True, shapes=((4, 64, 64),))
-EXPERTS, CHOSEN = 8, 2
+EXPERTS, CHOSEN = 8, 3
 
 
 def with_experts(policy: Policy) -> Policy:
@@ -57,6 +58,10 @@ def sample(policy, prompts, latency=0.0, samples=2, **changes):
 @pytest.fixture(scope="module")
 def reference(task, mixture):
     return sample(mixture, task.prompts[:4])
+
+
+def all_experts(trajectory) -> np.ndarray:
+    return np.concatenate([trajectory.prompt_experts, trajectory.experts])
 
 
 def chosen(policy, trajectories) -> list[np.ndarray]:
@@ -91,9 +96,11 @@ def test_a_trajectory_knows_the_experts_of_every_token_but_the_last(mixture, ref
     layers = mixture.model.config.text.num_hidden_layers
     for one, expected in zip(reference, chosen(mixture, reference), strict=True):
         assert one.experts.dtype == np.uint8
-        assert one.experts.shape == (len(one.token_ids) - 1, layers, CHOSEN)
-        np.testing.assert_array_equal(np.sort(one.experts), np.sort(expected))
-    used = np.concatenate([one.experts for one in reference])
+        assert one.experts.shape == (len(one.token_ids) - one.prompt_length, layers, CHOSEN)
+        np.testing.assert_array_equal(np.sort(all_experts(one)), np.sort(expected))
+    used = np.concatenate([all_experts(one) for one in reference])
+    first, second = reference[:2]
+    assert first.prompt_experts is second.prompt_experts  # one array for all that go on from a prompt
     assert not used[:, ::2].any()  # layers without any
     assert len(np.unique(used[:, 1::2])) == EXPERTS
 
@@ -111,6 +118,7 @@ def test_scheduling_does_not_change_them(task, mixture, reference, changes):
     assert_recorded_the_same(sample(mixture, task.prompts[:4], latency=0.02, **changes), reference)
 
 
+@pytest.mark.slow
 def test_eight_devices_record_what_one_does(task, reference):
     policy = with_experts(chatty_policy(task, devices=8))
     assert_recorded_the_same(sample(policy, task.prompts[:4], slots=8), reference)
@@ -119,7 +127,7 @@ def test_eight_devices_record_what_one_does(task, reference):
 def assert_recorded_the_same(found, expected):
     assert_same(found, expected)
     for ours, theirs in zip(found, expected, strict=True):
-        np.testing.assert_array_equal(ours.experts, theirs.experts)
+        np.testing.assert_array_equal(all_experts(ours), all_experts(theirs))
 
 
 def packed(policy, trajectories, *, experts: bool) -> PackedRows:
@@ -146,8 +154,31 @@ def test_the_learner_goes_through_them_whatever_its_router_would_choose(mixture,
     other = nnx.from_flat_state(turned)
     assert np.abs(states(other, replayed) - states(other, free)).max() > 0.1
     # Of experts that stand in the opposite order, the same are chosen by the opposite numbers.
-    opposite = replayed._replace(experts=np.where(held[..., None, None], EXPERTS - 1 - replayed.experts, 0))
+    opposite = replayed._replace(experts=EXPERTS - 1 - replayed.experts)
     np.testing.assert_allclose(states(other, opposite), states(other, free), atol=1e-4)
+
+
+def test_padding_takes_nobody_s_place_where_a_device_has_fewer_experts_than_a_token_chooses(mixture, reference):
+    """Three rows are on all of four devices, which keep their two experts and look at every token."""
+    rows = packed(mixture, reference, experts=True)
+    rows = jax.tree.map(lambda leaf: leaf[:3], rows)
+    held = rows.segment_ids > 0
+    assert 0.3 < held.mean() < 0.9
+    run = jax.jit(lambda params, rows: row_states(mixture.graphdef, params, rows)[0])
+    expected = np.asarray(run(mixture.params, rows))[held]
+    mesh = make_mesh({"fsdp": 4, "tensor": 2})
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(mixture.params, param_shardings(mixture.params, mesh))
+        found = np.asarray(run(placed, shard_batch(rows, mesh)))[held]
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_the_rows_of_a_run_say_their_experts_where_that_is_asked_for(mixture):
+    for replays in (False, True):
+        data = {"model": ModelConfig(path="unused"), "data": DataConfig(path="unused"), "output": "unused"}
+        config = RLConfig(rollout=replace(ROLLOUT, replay_experts=replays), train=TRAIN, **data)
+        rows, _ = RowBatcher.of(config, mixture.model.config, np.float32)([[]])
+        assert (rows.experts is not None) == replays
 
 
 def test_shares_are_the_router_s_own_and_it_learns():
@@ -160,6 +191,8 @@ def test_shares_are_the_router_s_own_and_it_learns():
     np.testing.assert_array_equal(choice, [[[2, 0]]])
     np.testing.assert_allclose(share, [[[3 / 4, 1 / 4]]], rtol=1e-6)
     np.testing.assert_array_equal(mlp.route(x)[0], [[[3, 2]]])
+    _, unlikely = mlp.route(-1_000 * x, jnp.asarray([[[2, 3]]], jnp.uint8))
+    np.testing.assert_allclose(unlikely.sum(), 1)  # where both have all but no share of the whole
     graphdef, params = nnx.split(mlp)
     slope = jax.grad(lambda params: nnx.merge(graphdef, params).route(x, choice)[1][0, 0, 0])(params)
     # Of a share p among two: p (1 - p) by its own logit, the opposite by the other's, nothing by those left out.
@@ -168,11 +201,12 @@ def test_shares_are_the_router_s_own_and_it_learns():
 
 @pytest.mark.slow
 def test_an_iteration_learns_through_them_in_either_way(task, mixture):
-    """Host-driven and as one program: the same experts, and the same state."""
+    """Host-driven, and as one program on two devices: the same experts, and the same state."""
     prompts = task.prompts[:PROMPTS]
     settings = {"replay_experts": True, "slots": 8, "shapes": RECORDING.shapes}
     expected_state, expected, _ = host_driven(Setting(mixture, Camera(), **settings), prompts, steps=1)
-    state, found, _ = fused(Setting(mixture, Camera(), **settings), prompts, steps=1)
+    halves = with_experts(chatty_policy(task, devices=2))
+    state, found, _ = fused(Setting(halves, Camera(), **settings), prompts, steps=1)
     assert_recorded_the_same(found, expected)
     learned = (state.params, expected_state.params, mixture.params)
     assert_learned_the_same(*map(jax.tree.leaves, learned))
