@@ -71,10 +71,13 @@ def run(out: Path, seed: int, tools: ToolsConfig, signs: SignsConfig) -> Mapping
     write_text_atomically(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     write_report(out)
     console.print(_table(summary))
-    console.print(f"report         {out / 'report.html'}")
-    console.print(f"the policy     {summary['hf_export']}  (HF format)")
-    console.print("load it with   transformers.AutoModelForImageTextToText.from_pretrained(…), or")
-    console.print(f"               hdpo generate --model {summary['hf_export']} --messages IN.jsonl --output OUT.jsonl")
+    for line in (
+        f"report         {out / 'report.html'}",
+        f"the policy     {summary['hf_export']}  (HF format)",
+        "load it with   transformers.AutoModelForImageTextToText.from_pretrained(…), or",
+        f"               hdpo generate --model {summary['hf_export']} --messages IN.jsonl --output OUT.jsonl",
+    ):
+        console.print(line, soft_wrap=True)  # to be copied: no line breaks in paths
     return summary
 
 

@@ -54,6 +54,17 @@ def chromium_problem() -> str | None:
 REQUIREMENTS = {"requires_bwrap": bubblewrap_problem, "requires_chromium": chromium_problem}
 
 
+LONGEST = ("tests/train", "tests/rollout", "tests/test_quickstart.py")
+"""What is begun with: else a worker would be left alone with whole runs at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def late(item: pytest.Item) -> int:
+        return next((place for place, name in enumerate(LONGEST) if item.nodeid.startswith(name)), len(LONGEST))
+
+    items.sort(key=late)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     for name in REQUIREMENTS:
         config.addinivalue_line("markers", f"{name}: skipped where it is missing; an error under CI=true")

@@ -130,16 +130,15 @@ def make_iterate(
             cache, report = jax.lax.cond(decodes, decode, same, cache, orders.running)
             return number + 1, cache, decodes, Told(experts, report), more & ~failed, failed
 
-        def nobody(own: jax.ShapeDtypeStruct) -> Array:
-            """Of all lanes, as a program tells it of this process's."""
-            return jnp.zeros((own.shape[0] // len(of_mesh.own) * of_mesh.count, *own.shape[1:]), own.dtype)
+        def of_all_lanes(own: np.ndarray) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((own.shape[0] // len(of_mesh.own) * of_mesh.count, *own.shape[1:]), own.dtype)
 
-        cache = programs.empty_cache()
-        _, report = jax.eval_shape(programs.decode, laid_out, cache, nothing.running)
+        cache, everyone = programs.empty_cache(), jax.tree.map(of_all_lanes, nothing)
+        _, report = jax.eval_shape(programs.decode, laid_out, cache, everyone.running)
         extend = partial(jax.eval_shape, programs.extend, state.params, cache)
-        experts = [extend(extension)[1] for extension in nothing.extensions]
+        told = Told([extend(extension)[1] for extension in everyone.extensions], report)
         no, yes = jnp.bool_(False), jnp.bool_(True)
-        first = (jnp.int32(0), cache, no, jax.tree.map(nobody, Told(experts, report)), yes, no)
+        first = (jnp.int32(0), cache, no, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), told), yes, no)
         *_, failed = jax.lax.while_loop(lambda carry: carry[-2], round_, first)
         batch, sound = fetch(failed)
         _, no_metrics = jax.eval_shape(update, state, batch)

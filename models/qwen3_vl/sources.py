@@ -11,8 +11,11 @@ Source = bytes | str | Path
 
 
 def named(source: Source, what: str) -> str:
-    """How errors name a source; `what` is image or video."""
-    return f"{what} of {len(source)} bytes" if isinstance(source, bytes) else f"{what} {str(source)[:80]!r}"
+    """How errors name a source; `what` is image or video. Of a long URI they show the beginning, of a path the end."""
+    if isinstance(source, bytes):
+        return f"{what} of {len(source)} bytes"
+    text = str(source)
+    return f"{what} {text[:80]!r}" if text.startswith("data:") else f"{what} {text[-80:]!r}"
 
 
 def read_file(source: Source, what: str) -> bytes:
