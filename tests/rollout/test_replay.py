@@ -130,8 +130,8 @@ def assert_recorded_the_same(found, expected):
         np.testing.assert_array_equal(all_experts(ours), all_experts(theirs))
 
 
-def packed(policy, trajectories, *, experts: bool) -> PackedRows:
-    config, shape = policy.model.config, RowShape(320, 256)
+def packed(policy, trajectories, *, experts: bool, tokens: int = 320) -> PackedRows:
+    config, shape = policy.model.config, RowShape(tokens, 256)
     groups = [trajectories[first : first + 2] for first in range(0, len(trajectories), 2)]
     families = [group_family(group, 2 * index, config) for index, group in enumerate(groups)]
     return fill_rows(assign_rows(families, shape), 4, shape, config, experts=experts)
@@ -160,10 +160,10 @@ def test_the_learner_goes_through_them_whatever_its_router_would_choose(mixture,
 
 def test_padding_takes_nobody_s_place_where_a_device_has_fewer_experts_than_a_token_chooses(mixture, reference):
     """Three rows are on all of four devices, which keep their two experts and look at every token."""
-    rows = packed(mixture, reference, experts=True)
+    rows = packed(mixture, reference, experts=True, tokens=1_200)
     rows = jax.tree.map(lambda leaf: leaf[:3], rows)
     held = rows.segment_ids > 0
-    assert 0.3 < held.mean() < 0.9
+    assert 0.1 < held.mean() < 0.4  # padding that all went to one expert would fill a device
     run = jax.jit(lambda params, rows: row_states(mixture.graphdef, params, rows)[0])
     expected = np.asarray(run(mixture.params, rows))[held]
     mesh = make_mesh({"fsdp": 4, "tensor": 2})
