@@ -5,6 +5,7 @@ them crosses no device. Page 0 of a lane belongs to nobody: a table names it whe
 written there is never seen.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from models.policy import PolicyConfig
-from sharding import constrain
+from sharding import constrain, on_each_device
 
 
 class KVCache(NamedTuple):
@@ -160,6 +161,37 @@ class SharedPages(NamedTuple):
     """Where each row stands among the members of all groups: its group times `most`, plus its place there."""
     pages: Int[Array, " rows"]
     """How many pages the rows of a group begin with alike; full ones, before the token that looks at them."""
+
+
+def on_each_lane(
+    function: Callable[..., Array],
+    queries: Float[Array, "batch queries heads size"],
+    cache: Cache,
+    layer: Int[Array, ""],
+    table: Int[Array, "batch width"],
+    index: Int[Array, "batch queries"],
+) -> Float[Array, "batch queries heads size"]:
+    """`function` of the queries, the cache's arrays, `layer`, `table` and each row's first index, as each device has
+    them: for its own lanes and heads."""
+    arrays = (queries, *cache, layer, table, index[:, 0])
+    of_cache = [cache.AXES for _ in cache]
+    return on_each_device(
+        function, arrays, [("slots", None, "heads", None), *of_cache, (), ("slots", None), ("slots",)]
+    )
+
+
+def flat_pages(pages: Float[Array, "lanes layers pages ..."]) -> Float[Array, "all ..."]:
+    """All pages of all lanes and layers, in one row: nothing is sliced, so nothing is copied."""
+    return pages.reshape(-1, *pages.shape[3:])
+
+
+def flat_table(
+    table: Int[Array, "batch width"], pages: Float[Array, "lanes layers pages ..."], layer: Int[Array, ""]
+) -> Int[Array, "batch width"]:
+    """The numbers that the pages of `layer` have among `flat_pages`."""
+    lanes, layers, count = pages.shape[:3]
+    lane = jnp.arange(len(table)) // (len(table) // lanes)
+    return table + count * (layer + layers * lane[:, None])
 
 
 def _pages_at(

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from models.qwen3_vl.cache import KVCache
+from models.qwen3_vl.cache import KVCache, flat_pages, flat_table, on_each_lane
 from models.qwen3_vl.fallback import say_once
-from models.qwen3_vl.heads import enough_heads
 from models.qwen3_vl.visibility import Visibility
-from sharding import on_each_device, shards
+from models.qwen3_vl.whole_rows import of_whole_rows
+from sharding import shards
 
 SIZE = 8
 """Head sizes that the kernel takes are multiples of it."""
@@ -59,47 +59,34 @@ def cudnn_attention(
     heads_axis: str,
     implementation: Implementation = "cudnn",
 ) -> Float[Array, "batch queries heads size"]:
-    """What `attention` computes. Of padding (segment 0) the result is finite, and nothing else.
-
-    Each device computes its own queries (rows, tokens and heads as the mesh splits them) against all keys of the row.
-    `heads_axis` is the logical axis of the heads.
-    """
-    keys, values = (enough_heads(each, shards(heads_axis)) for each in (keys, values))
-    of_queries, of_keys = ("batch", "tokens", heads_axis, None), ("batch", heads_axis, None, None)
-    rows, row_ids = ("batch", "tokens"), ("batch", None)
-    return on_each_device(
-        partial(_on_a_device, implementation=implementation),
-        (queries, keys, values, *visibility),
-        (of_queries, of_keys, of_keys, rows, rows, row_ids, rows),
-    )
+    """What `attention` computes, by `of_whole_rows`. Of padding (segment 0) the result is finite, and nothing else."""
+    kernel = partial(_on_a_device, implementation=implementation)
+    return of_whole_rows(kernel, queries, keys, values, visibility, heads_axis=heads_axis)
 
 
 def _on_a_device(
     queries: Float[Array, "batch queries heads size"],
     keys: Float[Array, "batch kv_heads keys size"],
     values: Float[Array, "batch kv_heads keys size"],
-    query_ids: Int[Array, "batch queries"] | None,
-    prefix_ids: Int[Array, "batch queries"] | None,
-    key_ids: Int[Array, "batch keys"] | None,
-    index: Int[Array, "batch queries"] | None,
+    visibility: Visibility,
     *,
     implementation: Implementation,
 ) -> Float[Array, "batch queries heads size"]:
     tokens = keys.shape[2]
     # Of whole rows alone: elsewhere the kernel would take the first query for the first token.
-    causal = index is not None and queries.shape[1] == tokens
-    keys, values = (each.swapaxes(1, 2).astype(queries.dtype) for each in (keys, values))
+    causal = visibility.query_index is not None and queries.shape[1] == tokens
     attend = partial(jax.nn.dot_product_attention, is_causal=causal, implementation=implementation)
-    if causal and key_ids is None:
-        return attend(queries, keys, values)
-    visibility = Visibility(query_ids, prefix_ids, key_ids, None if causal else index)
+    arrays = queries, keys.swapaxes(1, 2), values.swapaxes(1, 2)
+    beside = visibility._replace(query_index=None) if causal else visibility
 
     def masked(queries: Array, keys: Array, values: Array) -> Array:
-        return attend(queries, keys, values, mask=visibility.mask(tokens)[:, None])
+        return attend(queries, keys, values, mask=beside.mask(tokens)[:, None])
 
-    if not causal or key_ids is None:
-        return masked(queries, keys, values)
-    return jax.lax.cond(_see_all_before(key_ids, prefix_ids), attend, masked, queries, keys, values)
+    if not causal:
+        return masked(*arrays)
+    if visibility.key_ids is None:
+        return attend(*arrays)
+    return jax.lax.cond(_see_all_before(visibility.key_ids, visibility.prefix_ids), attend, masked, *arrays)
 
 
 def _see_all_before(ids: Int[Array, "batch tokens"], prefix_ids: Int[Array, "batch tokens"] | None) -> Bool[Array, ""]:
@@ -125,13 +112,7 @@ def cached_attention(
     together, as far as the longest row reaches (or a little further: the lengths are a few static ones), and a mask
     says where each begins.
     """
-    arrays = (queries, *cache, layer, table, index[:, 0])
-    of_queries, of_rows = ("slots", None, "heads", None), ("slots", None)
-    return on_each_device(
-        partial(_of_pages, implementation=implementation),
-        arrays,
-        (of_queries, KVCache.AXES, KVCache.AXES, (), of_rows, ("slots",)),
-    )
+    return on_each_lane(partial(_of_pages, implementation=implementation), queries, cache, layer, table, index)
 
 
 def _of_pages(
@@ -145,15 +126,16 @@ def _of_pages(
     implementation: Implementation,
 ) -> Float[Array, "batch queries heads size"]:
     (batch, length), page = queries.shape[:2], keys.shape[5]
-    lane = jnp.arange(batch) // (batch // len(keys))
     attend = partial(jax.nn.dot_product_attention, implementation=implementation)
     # Padding may reach past the last page: it looks at page 0.
     of_queries = -(-length // page)
     table = jnp.pad(table, ((0, 0), (0, max(0, of_queries - table.shape[1]))))
 
+    table = flat_table(table, keys, layer)
+
     def read(width: int) -> tuple[Array, Array]:
-        at = (lane[:, None], layer, table[:, :width])
-        by_page = (keys[at].transpose(0, 1, 4, 2, 3), values[at].swapaxes(2, 3))
+        at = table[:, :width]
+        by_page = (flat_pages(keys)[at].transpose(0, 1, 4, 2, 3), flat_pages(values)[at].swapaxes(2, 3))
         found_keys, found_values = (each.reshape(batch, -1, *each.shape[3:]).astype(queries.dtype) for each in by_page)
         return found_keys, found_values
 

@@ -14,10 +14,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int
 
-from models.qwen3_vl.cache import KVCache
+from models.qwen3_vl.cache import KVCache, flat_pages, flat_table, on_each_lane
 from models.qwen3_vl.fallback import say_once
 from models.qwen3_vl.visibility import UNSEEN
-from sharding import on_each_device, shards
+from sharding import shards
 
 LEAST = 16
 """Rows, columns and sums of a product that Triton takes, at least; powers of two."""
@@ -61,12 +61,7 @@ def decode_attention(
 
     `interpret` runs the kernel where there is no GPU, slowly.
     """
-    of_queries, of_rows = ("slots", None, "heads", None), ("slots", None)
-    return on_each_device(
-        functools.partial(_on_a_device, interpret=interpret),
-        (queries, *cache, layer, table, index),
-        (of_queries, KVCache.AXES, KVCache.AXES, (), of_rows, of_rows),
-    )
+    return on_each_lane(functools.partial(_on_a_device, interpret=interpret), queries, cache, layer, table, index)
 
 
 def _on_a_device(
@@ -75,15 +70,12 @@ def _on_a_device(
     values: Float[Array, "lanes layers pages kv_heads page size"],
     layer: Int[Array, ""],
     table: Int[Array, "batch width"],
-    index: Int[Array, "batch 1"],
+    index: Int[Array, " batch"],
     *,
     interpret: bool,
 ) -> Float[Array, "batch 1 heads size"]:
-    """Lanes and layers are told apart by the numbers of their pages: nothing is sliced, so nothing is copied."""
     (batch, _, heads, size), (lanes, layers, pages, kv_heads) = queries.shape, keys.shape[:4]
     page, width, group = keys.shape[5], table.shape[1], heads // keys.shape[3]
-    lane = jnp.arange(batch) // (batch // lanes)
-    table = table + pages * (layer + layers * lane[:, None])
     share = max(PAGES, pl.cdiv(width, MOST_PARTS))
     parts, rows = pl.cdiv(width, share), max(LEAST, pl.next_power_of_2(group))
     # In base 2, which a GPU computes: exp(x) = exp2(x log2(e)).
@@ -115,7 +107,13 @@ def _on_a_device(
         compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=stages(size, page)),
         interpret=interpret,
         name="decode_attention",
-    )(table, jnp.minimum(index[:, 0], page * width - 1) + 1, scaled, *(_flat(each) for each in (keys, values)))
+    )(
+        flat_table(table, keys, layer),
+        jnp.minimum(index, page * width - 1) + 1,
+        scaled,
+        flat_pages(keys),
+        flat_pages(values),
+    )
     weights = jnp.exp2(most - most.max(axis=2, keepdims=True))
     mixed = jnp.einsum("bkpr,bkprd->bkrd", weights, mixed) / (weights * total).sum(axis=2)[..., None]
     return mixed[:, :, :group].reshape(queries.shape).astype(queries.dtype)
@@ -152,7 +150,3 @@ def _kernel(
 
     nothing = jnp.full(queries.shape[:1], UNSEEN), jnp.zeros(queries.shape[:1]), jnp.zeros(queries.shape)
     most_ref[...], total_ref[...], mixed_ref[...] = jax.lax.fori_loop(first, stop, step, nothing)
-
-
-def _flat(pages: Float[Array, "lanes layers pages ..."]) -> Float[Array, "all ..."]:
-    return pages.reshape(-1, *pages.shape[3:])

@@ -5,9 +5,9 @@ from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_
 from jaxtyping import Array, Float, Int
 
 from models.policy import PolicyConfig
-from models.qwen3_vl.cache import RaggedCache
+from models.qwen3_vl.cache import RaggedCache, flat_pages, flat_table, on_each_lane
 from models.qwen3_vl.fallback import say_once
-from sharding import on_each_device, shards
+from sharding import shards
 
 SIZE = 128
 """Head sizes that the kernel takes are multiples of it."""
@@ -45,10 +45,7 @@ def ragged_attention(
     index: Int[Array, "batch queries"],
 ) -> Float[Array, "batch queries heads size"]:
     """What `paged_attention` computes, of tokens that follow each other; each device for its own lanes and heads."""
-    arrays = (queries, cache.pages, layer, table, index[:, 0])
-    return on_each_device(
-        _on_a_device, arrays, (("slots", None, "heads", None), cache.AXES, (), ("slots", None), ("slots",))
-    )
+    return on_each_lane(_on_a_device, queries, cache, layer, table, index)
 
 
 def _on_a_device(
@@ -58,18 +55,16 @@ def _on_a_device(
     table: Int[Array, "batch width"],
     start: Int[Array, " batch"],
 ) -> Float[Array, "batch queries heads size"]:
-    """Lanes and layers are told apart by the numbers of their pages: nothing is sliced, so nothing is copied."""
     batch, length, heads, size = queries.shape
-    lanes, layers, count, page = pages.shape[:4]
-    lane = jnp.arange(batch) // (batch // lanes)
+    page = pages.shape[3]
     # Padding may reach past the last page: it looks at page 0.
     table = jnp.pad(table, ((0, 0), (0, -(-length // page))))
-    table += count * (layer + layers * lane[:, None])
+    table = flat_table(table, pages, layer)
     # The kernel would never wait for the pages of a row without tokens.
     tokens = jnp.maximum(start, 0) + length
     flat = ragged_paged_attention(
         queries.reshape(-1, heads, size),
-        pages.reshape(-1, *pages.shape[3:]),
+        flat_pages(pages),
         tokens,
         table,
         jnp.arange(batch + 1, dtype=jnp.int32) * length,

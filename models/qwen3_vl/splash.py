@@ -21,10 +21,10 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info
 from jaxtyping import Array, Bool, Float, Int
 
 from models.qwen3_vl.fallback import say_once
-from models.qwen3_vl.heads import enough_heads
 from models.qwen3_vl.layers import ATTENTION
 from models.qwen3_vl.visibility import Visibility
-from sharding import on_each_device, shards
+from models.qwen3_vl.whole_rows import of_whole_rows
+from sharding import shards
 
 BLOCKS = (1024, 512, 256, 128)
 """Queries or keys of a block: the largest of these that divides the rows."""
@@ -51,34 +51,22 @@ def splash_attention(
     heads_axis: str,
     interpret: bool = False,
 ) -> Float[Array, "batch queries heads size"]:
-    """What `attention` computes. Of padding (segment 0) the result is finite, and nothing else.
+    """What `attention` computes, by `of_whole_rows`. Of padding (segment 0) the result is finite, and nothing else.
 
-    Each device computes its own queries (rows, tokens and heads as the mesh splits them) against all keys of the row.
-    `heads_axis` is the logical axis of the heads. `interpret` runs the kernel where there is no TPU, slowly.
+    `interpret` runs the kernel where there is no TPU, slowly.
     """
-    by_head = queries.swapaxes(1, 2) * queries.shape[-1] ** -0.5
-    keys, values = (enough_heads(each, shards(heads_axis)) for each in (keys, values))
-    of_queries, of_keys = ("batch", heads_axis, "tokens", None), ("batch", heads_axis, None, None)
-    rows, row_ids = ("batch", "tokens"), ("batch", None)
-    attended = on_each_device(
-        partial(_on_a_device, interpret=interpret),
-        (by_head, keys, values, *visibility),
-        (of_queries, of_keys, of_keys, rows, rows, row_ids, rows),
-    )
-    return attended.swapaxes(1, 2)
+    kernel = partial(_on_a_device, interpret=interpret)
+    return of_whole_rows(kernel, queries, keys, values, visibility, heads_axis=heads_axis)
 
 
 def _on_a_device(
-    queries: Float[Array, "batch heads queries size"],
+    queries: Float[Array, "batch queries heads size"],
     keys: Float[Array, "batch kv_heads keys size"],
     values: Float[Array, "batch kv_heads keys size"],
-    query_ids: Int[Array, "batch queries"] | None,
-    prefix_ids: Int[Array, "batch queries"] | None,
-    key_ids: Int[Array, "batch keys"] | None,
-    index: Int[Array, "batch queries"] | None,
+    visibility: Visibility,
     *,
     interpret: bool,
-) -> Float[Array, "batch heads queries size"]:
+) -> Float[Array, "batch queries heads size"]:
     """Row by row: the kernel knows no batch."""
 
     def of_row(queries: Array, keys: Array, values: Array, visibility: Visibility) -> Array:
@@ -87,9 +75,8 @@ def _on_a_device(
             return _by_segments(query_ids, key_ids, interpret)(queries, keys, values)
         return _by_stretches(visibility, keys.shape[1], interpret)(queries, keys, values)
 
-    keys, values = keys.astype(queries.dtype), values.astype(queries.dtype)
-    of_rows = Visibility(query_ids, prefix_ids, key_ids, index)
-    return jax.vmap(of_row)(queries, keys, values, of_rows)
+    by_head = queries.swapaxes(1, 2) * queries.shape[-1] ** -0.5
+    return jax.vmap(of_row)(by_head, keys, values, visibility).swapaxes(1, 2)
 
 
 def _by_stretches(visibility: Visibility, keys: int, interpret: bool) -> RowKernel:
