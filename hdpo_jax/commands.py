@@ -7,11 +7,20 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Protocol
 
 import tyro
 
-from hdpo_jax.config import AgentConfig, ConfigError, Dtype, RLConfig, RolloutConfig, SFTConfig, ToolsConfig
+from hdpo_jax.config import (
+    AgentConfig,
+    ConfigError,
+    Dtype,
+    RewardsConfig,
+    RLConfig,
+    RolloutConfig,
+    SFTConfig,
+    ToolsConfig,
+)
 from hdpo_jax.config_files import config_names, load_config, run_settings
 from hdpo_jax.data.signs_config import SignsConfig
 from hdpo_jax.flags import parse_flags
@@ -52,7 +61,7 @@ class Eval:
     output: Path
     """The folder for results.json and the trajectories."""
     settings: Path | None = None
-    """A run of `hdpo train` whose agent.*, rollout.* and tools.* are the defaults here; without it, --run-dir."""
+    """A run of `hdpo train` whose agent.*, rollout.*, tools.* and rewards.* are the defaults; without it, --run-dir."""
     samples: int = 1
     """Rollouts a prompt."""
     limit: int = 0
@@ -61,6 +70,7 @@ class Eval:
     dtype: Dtype = "bfloat16"
     agent: AgentConfig = field(default_factory=AgentConfig)
     tools: ToolsConfig = field(default_factory=ToolsConfig)
+    rewards: RewardsConfig = field(default_factory=RewardsConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
 
     @property
@@ -92,10 +102,9 @@ class Generate:
     """0 takes the likeliest token."""
     tools: str = "none"
     """Tools to run, separated by commas ("python"), or none: calls are reported, not run."""
-    sandbox: Annotated[Literal["bubblewrap", "none"], tyro.conf.arg(name="tools.sandbox")] = "bubblewrap"
-    """What isolates model-written code. "none" runs it with this user's rights: only for code you trust."""
     seed: int = 0
     dtype: Dtype = "bfloat16"
+    tool_settings: Annotated[ToolsConfig, tyro.conf.arg(name="tools")] = field(default_factory=ToolsConfig)
 
     def run(self) -> None:
         from hdpo_jax.evaluate.generate import generate_file
@@ -107,7 +116,7 @@ class Generate:
             self.output,
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
-            tools=None if names == ("none",) else ToolsConfig(names=names, sandbox=self.sandbox),
+            tools=None if names == ("none",) else replace(self.tool_settings, names=names),
             seed=self.seed,
             dtype=self.dtype,
         )

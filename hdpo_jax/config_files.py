@@ -12,7 +12,7 @@ import types
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from hdpo_jax.config import AgentConfig, ConfigError, RolloutConfig, ToolsConfig
+from hdpo_jax.config import AgentConfig, ConfigError, RewardsConfig, RolloutConfig, ToolsConfig
 
 Config = TypeVar("Config")
 
@@ -64,24 +64,33 @@ def load_config(name: str, kind: type[Config]) -> Config:
 
 
 def run_settings(run_dir: Path) -> dict[str, Any]:
-    """The agent, rollout and tools settings of a run of `hdpo train`; none of a run that has no rollouts."""
+    """What a run of `hdpo train` says of agent, rollout, tools and rewards; nothing of a run without rollouts."""
     file = run_dir / "config.json"
     if not file.is_file():
         raise ConfigError(f"{run_dir} holds no config.json; expected the output folder of hdpo train or sft")
     stored = json.loads(file.read_text(encoding="utf-8"))
-    kinds = {"agent": AgentConfig, "rollout": RolloutConfig, "tools": ToolsConfig}
+    kinds = {"agent": AgentConfig, "rollout": RolloutConfig, "tools": ToolsConfig, "rewards": RewardsConfig}
     try:
-        return {name: kind(**_tuples(stored[name])) for name, kind in kinds.items() if name in stored}
+        return {name: _built(kind, stored[name]) for name, kind in kinds.items() if name in stored}
     except TypeError as error:
         raise ConfigError(
             f"{file} was written by another version: {_what(error)}; give the settings as flags"
         ) from None
 
 
+def _built(kind: type[Config], stored: Any) -> Config:
+    """A dataclass of settings from the JSON that it was stored as."""
+    hints = get_type_hints(kind)
+
+    def value(name: str, entry: Any) -> Any:
+        nested = dataclasses.is_dataclass(hints.get(name))
+        return _built(hints[name], entry) if nested else _tuples(entry)
+
+    return kind(**{name: value(name, entry) for name, entry in stored.items()})
+
+
 def _tuples(value: Any) -> Any:
     """JSON's lists as the tuples that settings hold."""
-    if isinstance(value, dict):
-        return {name: _tuples(entry) for name, entry in value.items()}
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 

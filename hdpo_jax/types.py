@@ -42,6 +42,12 @@ class Prompt:
     data_source: str
     extra: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def keys(self) -> list[str]:
+        """Names under which data sets know it, the likeliest first: caches that come with the data are kept by them."""
+        named = [self.extra.get(name) for name in ("data_idx", "cache_id", "image_id", "index", "id")]
+        return [*dict.fromkeys(str(name) for name in named if isinstance(name, str | int)), self.id]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ToolCall:

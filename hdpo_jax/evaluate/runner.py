@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from hdpo_jax.config import AgentConfig, ConfigError, Dtype, ModelConfig, RolloutConfig, ToolsConfig
+from hdpo_jax.config import AgentConfig, ConfigError, Dtype, ModelConfig, RewardsConfig, RolloutConfig, ToolsConfig
 from hdpo_jax.data.dataset import BadRow, BadRowError
 from hdpo_jax.data.prompts import PromptDataset
 from hdpo_jax.evaluate.convert import export_hf
@@ -47,6 +47,7 @@ def evaluate(
     dtype: Dtype = "bfloat16",
     agent: AgentConfig,
     tools: ToolsConfig,
+    rewards: RewardsConfig,
     rollout: RolloutConfig,
 ) -> Mapping[str, float]:
     """Samples the prompts of `data`, writes `results.json` and `trajectories.jsonl` to `output`, prints a table.

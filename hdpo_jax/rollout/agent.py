@@ -179,7 +179,8 @@ class Rollout:
         else:
             assert self._toolbox is not None  # without one, nothing ends at a call
             live.calls += 1
-            live.session = live.session or self._toolbox.session(live.question.prompt.images)
+            prompt = live.question.prompt
+            live.session = live.session or self._toolbox.session(prompt.images, prompt.keys)
             call = parse_tool_call(text) or ToolCall(
                 name="", arguments={}, error="there is a </tool_call> but no <tool_call> before it"
             )

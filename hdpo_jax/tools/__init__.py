@@ -1,6 +1,16 @@
 """Tools that the policy calls: the protocol, and a sandboxed Python interpreter."""
 
-from hdpo_jax.tools.protocol import ALIASES, SCHEMAS, Tool, ToolSession, argument_error, parse_tool_call
+from hdpo_jax.tools.protocol import ALIASES, SCHEMAS, Subject, Tool, ToolSession, argument_error, parse_tool_call
 from hdpo_jax.tools.toolbox import Session, ToolBox
 
-__all__ = ["ALIASES", "SCHEMAS", "Session", "Tool", "ToolBox", "ToolSession", "argument_error", "parse_tool_call"]
+__all__ = [
+    "ALIASES",
+    "SCHEMAS",
+    "Session",
+    "Subject",
+    "Tool",
+    "ToolBox",
+    "ToolSession",
+    "argument_error",
+    "parse_tool_call",
+]

@@ -3,7 +3,11 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
+
+from jsonschema import Draft202012Validator, ValidationError
+from jsonschema.exceptions import best_match
 
 from hdpo_jax.types import Observation, ToolCall
 
@@ -20,6 +24,7 @@ def _schema(name: str, description: str, properties: Mapping[str, str]) -> Schem
         "type": "object",
         "properties": {key: {"type": "string", "description": text} for key, text in properties.items()},
         "required": list(properties),
+        "additionalProperties": False,
     }
     return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
 
@@ -44,6 +49,16 @@ IMAGE_SEARCH_SCHEMA = _schema(
 SCHEMAS = {"python": PYTHON_SCHEMA, "text_search": TEXT_SEARCH_SCHEMA, "image_search": IMAGE_SEARCH_SCHEMA}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What a trajectory is about, as far as tools may know: never what is right."""
+
+    images: Sequence[bytes] = ()
+    """The prompt's original image files."""
+    keys: Sequence[str] = ()
+    """Names under which data sets know the prompt, the likeliest first."""
+
+
 class ToolSession(Protocol):
     """A tool as one trajectory sees it."""
 
@@ -65,9 +80,7 @@ class Tool(Protocol):
     @property
     def schema(self) -> Schema: ...
 
-    def open(self, images: Sequence[bytes]) -> ToolSession:
-        """`images`: the prompt's original image files."""
-        ...
+    def open(self, subject: Subject) -> ToolSession: ...
 
     def close(self) -> None: ...
 
@@ -106,24 +119,48 @@ def parse_tool_call(turn_text: str) -> ToolCall | None:
 
 
 def argument_error(schema: Schema, arguments: Mapping[str, Any]) -> str | None:
-    """What keeps arguments from fitting a tool's schema (string parameters); None when they fit."""
-    parameters = schema["function"]["parameters"]
-    name, known = schema["function"]["name"], parameters["properties"]
-    expected = ", ".join(f"`{key}` (string)" for key in known) or "no arguments"
-    for key in parameters["required"]:
-        if key not in arguments:
-            return f"{name}: argument `{key}` is missing; expected {expected}."
-    for key, value in arguments.items():
-        if key not in known:
-            return f"{name}: unknown argument `{key[:50]}`; expected {expected}."
-        if not isinstance(value, str):
-            return f"{name}: argument `{key}` is {_kind(value)}; expected a string."
-    return None
+    """What keeps arguments from fitting a tool's schema, in words for the policy; None when they fit."""
+    function = schema["function"]
+    name, parameters = function["name"], function["parameters"]
+    error = best_match(Draft202012Validator(parameters).iter_errors(arguments))
+    return None if error is None else f"{name}: {_misfit(error, parameters)}."
+
+
+def _misfit(error: ValidationError, parameters: Mapping[str, Any]) -> str:
+    properties = parameters.get("properties", {})
+    kinds = {key: kind if isinstance(kind := rule.get("type"), str) else "any" for key, rule in properties.items()}
+    everything = ", ".join(f"`{key}` ({kind})" for key, kind in kinds.items()) or "no arguments"
+    given: Any = error.instance
+    if error.path:
+        place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error.path)
+        expected = error.validator_value
+        if error.validator == "type":
+            return f"argument `{place[1:]}` is {_kind(given)}; expected {_KINDS.get(str(expected), expected)}"
+        return f"argument `{place[1:]}`: {error.message[:200]}"
+    if error.validator == "required":
+        missing = next(key for key in parameters["required"] if key not in given)
+        return f"argument `{missing}` is missing; expected {everything}"
+    if error.validator == "additionalProperties":
+        unknown = next(key for key in given if key not in properties)
+        return f"unknown argument `{unknown[:50]}`; expected {everything}"
+    return f"{error.message[:200]}; expected {everything}"
 
 
 def _malformed(reason: str, name: str = "") -> ToolCall:
     form = f'{TOOL_CALL_START}{{"name": …, "arguments": {{…}}}}{TOOL_CALL_END}'
     return ToolCall(name=name, arguments={}, error=f"The tool call is malformed: {reason}. Expected {form}.")
+
+
+_KINDS = {
+    "null": "null",
+    "boolean": "a boolean",
+    "integer": "a whole number",
+    "number": "a number",
+    "string": "a string",
+    "array": "an array",
+    "object": "an object",
+}
+"""The types of JSON schemas, in the words of errors."""
 
 
 def _kind(value: object) -> str:

@@ -20,7 +20,7 @@ from hdpo_jax.tools.bubblewrap import INSTALL
 from hdpo_jax.tools.fork_server import ForkServer, Kernel, ServerLost
 from hdpo_jax.tools.kernel import frames
 from hdpo_jax.tools.kernel.pictures import MAX_PIXELS
-from hdpo_jax.tools.protocol import PYTHON_SCHEMA
+from hdpo_jax.tools.protocol import PYTHON_SCHEMA, Subject
 from hdpo_jax.types import Observation
 
 INTERRUPT_SECONDS = 1.0
@@ -51,15 +51,15 @@ class PythonTool:
     def server(self) -> ForkServer:
         return self._server
 
-    def open(self, images: Sequence[bytes]) -> "PythonSession":
-        """`images`: the files that become `image_1`…; nothing is started before the first call."""
-        return PythonSession(self._config, self._server, self._running, images)
+    def open(self, subject: Subject) -> "PythonSession":
+        """Its images become `image_1`…; nothing is started before the first call."""
+        return PythonSession(self._config, self._server, self._running, subject.images)
 
     def close(self) -> None:
         self._server.stop()
 
     def _refuse_unless_it_works(self) -> None:
-        session = self.open(())
+        session = self.open(Subject())
         try:
             session.check()
         except Exception:

@@ -1,12 +1,13 @@
 """The tools of a run, and a trajectory's view of them."""
 
+import json
 import logging
 import threading
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 
 from hdpo_jax.config import ConfigError, ToolsConfig
-from hdpo_jax.tools.protocol import Schema, Tool, ToolSession, argument_error
+from hdpo_jax.tools.protocol import Schema, Subject, Tool, ToolSession, argument_error
 from hdpo_jax.tools.python_sandbox import PythonTool
 from hdpo_jax.types import Observation, ToolCall
 
@@ -24,6 +25,7 @@ class ToolBox:
     def __init__(self, config: ToolsConfig):
         self.workers = config.workers
         """Calls that may run at a time."""
+        self._refuse_repeats = config.refuse_repeats
         self._tools: dict[str, Tool] = {}
         unknown = [name for name in config.names if name not in TOOLS]
         if unknown:
@@ -44,9 +46,12 @@ class ToolBox:
         """An open tool. Raises KeyError for others."""
         return self._tools[name]
 
-    def session(self, images: Sequence[bytes]) -> "Session":
-        """One trajectory's tools; `images` are the prompt's original files."""
-        return Session(self._tools, images)
+    def session(self, images: Sequence[bytes], keys: Sequence[str] = ()) -> "Session":
+        """One trajectory's tools.
+
+        `images`: the prompt's original files. `keys`: names under which data sets know it.
+        """
+        return Session(self._tools, Subject(images=images, keys=keys), self._refuse_repeats)
 
     def close(self) -> None:
         for tool in self._tools.values():
@@ -64,9 +69,12 @@ class ToolBox:
 class Session:
     """What a trajectory calls. A tool's session opens at the tool's first call."""
 
-    def __init__(self, tools: Mapping[str, Tool], images: Sequence[bytes]):
+    def __init__(self, tools: Mapping[str, Tool], subject: Subject, refuse_repeats: Sequence[str] = ()):
+        """`refuse_repeats`: tools that answer the same arguments once, "all" among them for every tool."""
         self._tools = tools
-        self._images = images
+        self._subject = subject
+        self._refuse_repeats = refuse_repeats
+        self._answered: set[str] = set()
         self._open: dict[str, ToolSession] = {}
         self._closed = False
         self._lock = threading.Lock()
@@ -82,12 +90,21 @@ class Session:
         problem = argument_error(tool.schema, call.arguments)
         if problem is not None:
             return Observation(text=problem, ok=False)
+        request = json.dumps([call.name, call.arguments], sort_keys=True)
+        if request in self._answered:
+            return Observation(text=f"[{call.name} was already called with these arguments: see above.]", ok=False)
+        observation = self._run(tool, call)
+        if observation.ok and ({"all", call.name} & {*self._refuse_repeats}):
+            self._answered.add(request)
+        return observation
+
+    def _run(self, tool: Tool, call: ToolCall) -> Observation:
         # A call may still stand in line when its trajectory is given up: it must not start a kernel for nobody.
         with self._lock:
             if self._closed:
                 return Observation(text="The trajectory has ended.", ok=False, lost=True)
             if call.name not in self._open:
-                self._open[call.name] = tool.open(self._images)
+                self._open[call.name] = tool.open(self._subject)
             session = self._open[call.name]
         try:
             return session.call(call.arguments)

@@ -179,9 +179,10 @@ def test_rights_of_the_trainer_are_enough_for_the_sandbox():
     kept = "".join(f",+{name.lower()}" for name in rights["capabilities"]["add"])
     code = """
 from hdpo_jax.config import ToolsConfig
+from hdpo_jax.tools import Subject
 from hdpo_jax.tools.python_sandbox import PythonTool
 tool = PythonTool(ToolsConfig())
-print(tool.open(()).call({"code": "print(6 * 7)"}).text)
+print(tool.open(Subject()).call({"code": "print(6 * 7)"}).text)
 tool.close()"""
     inside = f"""
 mount --bind -o ro /proc/sys /proc/sys

@@ -34,7 +34,7 @@ class Tools(Camera):
         super().__init__()
         self.troubles = itertools.count(1)
 
-    def session(self, images):
+    def session(self, images, keys=()):
         session, toolbox = super().session(images), self
         answer = session.call
 

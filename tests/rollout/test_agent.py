@@ -35,7 +35,7 @@ class Camera:
         self.answer = answer
         self.open = 0
 
-    def session(self, images):
+    def session(self, images, keys=()):
         camera = self
         camera.open += 1
 
@@ -304,7 +304,7 @@ def test_a_tool_that_fails_is_an_observation_that_says_so(task, policy, answer, 
 
 def test_a_session_that_can_not_be_closed_loses_no_trajectory(task, policy, reference):
     class Sticky(Camera):
-        def session(self, images):
+        def session(self, images, keys=()):
             session = super().session(images)
             session.close = lambda: fail(None)
             return session

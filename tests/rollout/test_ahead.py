@@ -24,7 +24,7 @@ class Held(Camera):
         self.asked, self.released = threading.Event(), threading.Event()
         self.released.set()
 
-    def session(self, images):
+    def session(self, images, keys=()):
         session = super().session(images)
         answer = session.call
 

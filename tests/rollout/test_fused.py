@@ -41,7 +41,7 @@ def test_one_program_is_the_host_driven_iteration(task, reference, devices):
 class Unreliable(Camera):
     """Raises, answers nonsense, answers and hangs, in turn."""
 
-    def session(self, images):
+    def session(self, images, keys=()):
         session: Any = super().session(images)
         answer, turn = session.call, itertools.count()
 
@@ -82,7 +82,7 @@ def test_an_interrupt_ends_the_program_and_its_sessions(task):
     interrupted, main_thread = threading.Event(), threading.get_ident()
 
     class Interrupting(Camera):
-        def session(self, images):
+        def session(self, images, keys=()):
             session: Any = super().session(images)
             answer = session.call
 

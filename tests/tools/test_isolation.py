@@ -187,8 +187,8 @@ import shutil; print(shutil.disk_usage('/tmp').total >> 20)
     def test_the_sandbox_ends_with_the_trainer_however_it_dies(self):
         code = (
             "import time\nfrom hdpo_jax.config import ToolsConfig\n"
-            "from hdpo_jax.tools.python_sandbox import PythonTool\n"
-            "tool = PythonTool(ToolsConfig()); session = tool.open([])\n"
+            "from hdpo_jax.tools import Subject\nfrom hdpo_jax.tools.python_sandbox import PythonTool\n"
+            "tool = PythonTool(ToolsConfig()); session = tool.open(Subject())\n"
             "session.call({'code': 'import subprocess; subprocess.Popen([\"sleep\", \"300\"])'})\n"
             "print(tool.server.process_id, flush=True); time.sleep(300)"
         )

@@ -66,3 +66,13 @@ def test_arguments_against_schemas():
     assert argument_error(SCHEMAS["python"], {}) == "python: argument `code` is missing; expected `code` (string)."
     assert "`code` is a number" in str(argument_error(SCHEMAS["python"], {"code": 1}))
     assert "unknown argument `url`; expected no arguments" in str(argument_error(SCHEMAS["image_search"], {"url": ""}))
+
+
+def test_nested_arguments_are_named_by_their_place():
+    lines = {"type": "array", "items": {"type": "object", "properties": {"x": {"type": "number"}}}}
+    parameters = {"type": "object", "properties": {"lines": lines}, "required": ["lines"]}
+    schema = {"type": "function", "function": {"name": "draw", "parameters": parameters}}
+    assert argument_error(schema, {"lines": [{"x": 1.5}]}) is None
+    said = argument_error(schema, {"lines": [{"x": 1.5}, {"x": "far"}]})
+    assert said == "draw: argument `lines[1].x` is a string; expected a number."
+    assert argument_error(schema, {}) == "draw: argument `lines` is missing; expected `lines` (array)."

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from hdpo_jax.config import ToolsConfig
-from hdpo_jax.tools import ToolBox, python_sandbox
+from hdpo_jax.tools import Subject, ToolBox, python_sandbox
 from hdpo_jax.tools.python_sandbox import PythonSession, PythonTool
 from hdpo_jax.types import ToolCall
 
@@ -321,7 +321,7 @@ def test_unknown_tools_and_wrong_arguments_are_observations(session):
 
 
 def test_a_closed_session_says_so(box, run):
-    session = python_tool(box).open([])
+    session = python_tool(box).open(Subject())
     session.call({"code": "1"})
     session.close()
     session.close()
@@ -331,7 +331,7 @@ def test_a_closed_session_says_so(box, run):
 def test_the_fork_server_is_replaced_when_it_dies(config):
     """Whose state is gone is told, and its rollout dropped; others go on."""
     with ToolBox(config) as box:
-        old, untouched = python_tool(box).open([]), python_tool(box).open([])
+        old, untouched = python_tool(box).open(Subject()), python_tool(box).open(Subject())
         old.call({"code": "x = 1"})
         server = python_tool(box).server.process_id
         os.kill(server, signal.SIGKILL)

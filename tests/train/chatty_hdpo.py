@@ -28,7 +28,7 @@ class Counting(ToolBox):
         self.workers = config.workers
         self._tools = {}
 
-    def session(self, images):
+    def session(self, images, keys=()):
         class Session:
             calls = 0
 

@@ -1,37 +1,14 @@
-"""Every setting of a run, as frozen dataclasses checked at construction: one line says what is wrong."""
+"""The settings of a run, as frozen dataclasses checked at construction."""
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from hdpo_jax.config.checks import at_least, more_than_zero, require, share
+from hdpo_jax.config.rewards import RewardsConfig
+from hdpo_jax.config.tools import ToolsConfig
 from sharding.mesh import MeshAxes
 
 Dtype = Literal["bfloat16", "float32"]
-
-
-class ConfigError(ValueError):
-    """A setting is missing, unknown or out of range; the message names it and says what to do."""
-
-
-def _require(condition: bool, name: str, found: object, expected: str) -> None:
-    if not condition:
-        raise ConfigError(f"{name} is {found!r}; expected {expected}")
-
-
-def _at_least(config: object, prefix: str, least: float, *names: str) -> None:
-    for name, value in _numbers(config, names):
-        _require(value >= least, f"{prefix}.{name}", value, f"at least {least:g}")
-
-
-def _more_than_zero(config: object, prefix: str, *names: str) -> None:
-    for name, value in _numbers(config, names):
-        _require(value > 0, f"{prefix}.{name}", value, "more than 0")
-
-
-def _numbers(config: object, names: Iterable[str]) -> Iterator[tuple[str, float]]:
-    """The settings that are numbers; `config_files` refuses the others, by their declared types."""
-    values = ((name, getattr(config, name)) for name in names)
-    return ((name, value) for name, value in values if isinstance(value, int | float))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +39,8 @@ class DataConfig:
     """Share of unusable rows past which a run stops instead of skipping them."""
 
     def __post_init__(self):
-        _at_least(self, "data", 0, "workers", "cache_mb")
-        _require(0 <= self.max_bad_rows <= 1, "data.max_bad_rows", self.max_bad_rows, "a share from 0 to 1")
+        at_least(self, "data", 0, "workers", "cache_mb")
+        share(self, "data", "max_bad_rows")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,30 +55,9 @@ class AgentConfig:
     """A tool call that has not answered by then is given up: the policy sees an error, and goes on."""
 
     def __post_init__(self):
-        _at_least(self, "agent", 0, "max_calls")
-        _more_than_zero(self, "agent", "call_seconds")
-        _at_least(self, "agent", 1, "max_response_tokens", "max_observation_tokens")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ToolsConfig:
-    names: tuple[str, ...] = ("python",)
-    sandbox: Literal["bubblewrap", "none"] = "bubblewrap"
-    """What isolates model-written code. "none" runs it with this user's rights: only for code you trust."""
-    workers: int = 8
-    """Tool calls that run at a time."""
-    timeout_seconds: float = 20.0
-    memory_mb: int = 1_024
-    processes: int = 32
-    disk_mb: int = 64
-    output_chars: int = 65_536
-    max_images: int = 8
-    """Images one call may return; the rest are dropped whole, and the observation says so."""
-
-    def __post_init__(self):
-        _at_least(self, "tools", 1, "workers", "memory_mb", "processes", "disk_mb", "output_chars")
-        _at_least(self, "tools", 0, "max_images")
-        _more_than_zero(self, "tools", "timeout_seconds")
+        at_least(self, "agent", 0, "max_calls")
+        more_than_zero(self, "agent", "call_seconds")
+        at_least(self, "agent", 1, "max_response_tokens", "max_observation_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,21 +112,21 @@ class RolloutConfig:
     """Write the end of the turn, unsampled, as the last token of a spent budget."""
 
     def __post_init__(self):
-        _at_least(self, "rollout", 1, "slots", "capacity", "page", "chunk")
-        _at_least(self, "rollout", 0, "in_flight", "patches", "pages", "gather_seconds", "temperature", "top_k")
+        at_least(self, "rollout", 1, "slots", "capacity", "page", "chunk")
+        at_least(self, "rollout", 0, "in_flight", "patches", "pages", "gather_seconds", "temperature", "top_k")
         for name in ("return_early", "top_p"):
-            _require(0 < getattr(self, name) <= 1, f"rollout.{name}", getattr(self, name), "a share in (0, 1]")
-        _require(0 <= self.min_p < 1, "rollout.min_p", self.min_p, "a share in [0, 1)")
+            require(0 < getattr(self, name) <= 1, f"rollout.{name}", getattr(self, name), "a share in (0, 1]")
+        require(0 <= self.min_p < 1, "rollout.min_p", self.min_p, "a share in [0, 1)")
         sound = all(rows > 0 < tokens and patches >= 0 for rows, tokens, patches in self.shapes)
         in_order = sorted(self.shapes, key=lambda shape: (shape[1:], shape[0]))
-        _require(
+        require(
             len(self.shapes) > 0 and sound and list(self.shapes) == in_order,
             "rollout.shapes",
             self.shapes,
             "triples (rows > 0, tokens > 0, patches >= 0) by tokens, patches and rows, at least one",
         )
         least = self.pages_a_row + 1
-        _require(self.pages == 0 or self.pages >= least, "rollout.pages", self.pages, f"0, or at least {least}")
+        require(self.pages == 0 or self.pages >= least, "rollout.pages", self.pages, f"0, or at least {least}")
 
     @property
     def pages_a_row(self) -> int:
@@ -220,10 +176,10 @@ class AlgorithmConfig:
     that it was drawn with, at most by this. 0: not at all, which is right where the same policy does both."""
 
     def __post_init__(self):
-        _at_least(self, "algorithm", 0, "coupling", "w_acc", "w_tool", "clip_low", "clip_high")
+        at_least(self, "algorithm", 0, "coupling", "w_acc", "w_tool", "clip_low", "clip_high")
         cap = self.importance_cap
-        _require(cap == 0 or cap >= 1, "algorithm.importance_cap", cap, "0 (off), or at least 1")
-        _require(self.dual_clip > 1, "algorithm.dual_clip", self.dual_clip, "more than 1")
+        require(cap == 0 or cap >= 1, "algorithm.importance_cap", cap, "0 (off), or at least 1")
+        require(self.dual_clip > 1, "algorithm.dual_clip", self.dual_clip, "more than 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,13 +199,13 @@ class OptimizerConfig:
     """What the optimizer remembers of each parameter: AdamW's two moments, Muon's momentum."""
 
     def __post_init__(self):
-        _more_than_zero(self, "optimizer", "learning_rate", "muon_learning_rate", "clip_norm")
-        _at_least(self, "optimizer", 0, "warmup_steps", "weight_decay")
+        more_than_zero(self, "optimizer", "learning_rate", "muon_learning_rate", "clip_norm")
+        at_least(self, "optimizer", 0, "warmup_steps", "weight_decay")
         for name in ("b1", "b2"):
-            _require(0 <= getattr(self, name) < 1, f"optimizer.{name}", getattr(self, name), "a share in [0, 1)")
+            require(0 <= getattr(self, name) < 1, f"optimizer.{name}", getattr(self, name), "a share in [0, 1)")
             # bfloat16 has 8 bits: what is to fall by less than 1/256 may round to itself, and would never fall.
             kept = self.moments == "float32" or getattr(self, name) <= 0.995
-            _require(kept, f"optimizer.{name}", getattr(self, name), "at most 0.995 with optimizer.moments bfloat16")
+            require(kept, f"optimizer.{name}", getattr(self, name), "at most 0.995 with optimizer.moments bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,8 +225,8 @@ class TrainConfig:
     needs more gets them, at the price of a compilation."""
 
     def __post_init__(self):
-        _at_least(self, "train", 1, "steps", "checkpoint_every", "keep_checkpoints", "row_tokens", "micro_batch_rows")
-        _at_least(self, "train", 0, "row_patches", "max_rows")
+        at_least(self, "train", 1, "steps", "checkpoint_every", "keep_checkpoints", "row_tokens", "micro_batch_rows")
+        at_least(self, "train", 0, "row_patches", "max_rows")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,11 +247,11 @@ class RLTrainConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        _at_least(self, "train", 0, "dump_every")
-        _at_least(self, "train", 1, "prompts_per_step", "group_size")
-        _require(self.off_policy_steps in (0, 1), "train.off_policy_steps", self.off_policy_steps, "0 or 1")
+        at_least(self, "train", 0, "dump_every")
+        at_least(self, "train", 1, "prompts_per_step", "group_size")
+        require(self.off_policy_steps in (0, 1), "train.off_policy_steps", self.off_policy_steps, "0 or 1")
         divides = self.mini_batches > 0 and self.prompts_per_step % self.mini_batches == 0
-        _require(divides, "train.mini_batches", self.mini_batches, "a divisor of train.prompts_per_step")
+        require(divides, "train.mini_batches", self.mini_batches, "a divisor of train.prompts_per_step")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,7 +261,7 @@ class SFTTrainConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        _at_least(self, "train", 1, "batch_size")
+        at_least(self, "train", 1, "batch_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -332,6 +288,7 @@ class RLConfig:
     mesh: MeshAxes = field(default_factory=MeshAxes)
     agent: AgentConfig = field(default_factory=AgentConfig)
     tools: ToolsConfig = field(default_factory=ToolsConfig)
+    rewards: RewardsConfig = field(default_factory=RewardsConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -341,11 +298,11 @@ class RLConfig:
         """Rows hold whatever the budgets allow: else a run would end in the middle, over one trajectory."""
         for name, least in (("row_tokens", self.rollout.capacity), ("row_patches", self.rollout.patches)):
             found = getattr(self.train, name)
-            _require(found >= least, f"train.{name}", found, f"at least {least}, which rollout.* allows a trajectory")
+            require(found >= least, f"train.{name}", found, f"at least {least}, which rollout.* allows a trajectory")
         if self.train.off_policy_steps:
             apart = self.rollout.mode != "fused"
-            _require(apart, "train.off_policy_steps", 1, "0 with rollout.mode fused: one program takes turns")
+            require(apart, "train.off_policy_steps", 1, "0 with rollout.mode fused: one program takes turns")
             cap = self.algorithm.importance_cap
-            _require(cap > 0, "algorithm.importance_cap", cap, "one for train.off_policy_steps 1, e.g. 2.0")
+            require(cap > 0, "algorithm.importance_cap", cap, "one for train.off_policy_steps 1, e.g. 2.0")
         known = self.rollout.mode != "fused" or self.train.max_rows > 0
-        _require(known, "train.max_rows", 0, "the rows of a batch, at most: rollout.mode fused compiles for them")
+        require(known, "train.max_rows", 0, "the rows of a batch, at most: rollout.mode fused compiles for them")

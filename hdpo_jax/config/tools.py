@@ -1,0 +1,96 @@
+"""The tools of a run: which there are, what bounds their calls, where searches go."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from hdpo_jax.config.checks import at_least, more_than_zero, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class WebConfig:
+    """How providers on the web are asked. Keys come from the environment, never from here."""
+
+    timeout_seconds: float = 10.0
+    """Of one attempt."""
+    attempts: int = 4
+    """With a pause before each but the first that doubles, and is drawn at random below that."""
+    requests_per_second: float = 10.0
+    """Of this process, to one provider; 0: no bound."""
+    cache: str = ""
+    """A folder for answers; failures are never kept. Empty: none."""
+    url: str = ""
+    """In place of the provider's own address: a proxy, or a server of the same format."""
+
+    def __post_init__(self):
+        more_than_zero(self, "tools.web", "timeout_seconds")
+        at_least(self, "tools.web", 1, "attempts")
+        at_least(self, "tools.web", 0, "requests_per_second")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSearchConfig:
+    provider: Literal["index", "serper", "serpapi", "brightdata"] = "index"
+    """index: documents on this machine, by BM25. The others are on the web, and want SERPER_API_KEY, SERPAPI_API_KEY
+    or BRIGHTDATA_API_KEY in the environment."""
+    index: str = ""
+    """The file that `hdpo data index` wrote."""
+    results: int = 10
+
+    def __post_init__(self):
+        at_least(self, "tools.text_search", 1, "results")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSearchConfig:
+    provider: Literal["index", "cache", "serper"] = "index"
+    """index: images on this machine that look alike. cache: what a data set brings along for its own questions.
+    serper: Google Lens, which wants SERPER_API_KEY in the environment."""
+    path: str = ""
+    """The file that `hdpo data index-images` wrote; or the cache: a JSON file, or a folder with one for each question.
+    """
+    results: int = 10
+    thumbnail: int = 256
+    """Longest side of a thumbnail, in pixels."""
+
+    def __post_init__(self):
+        at_least(self, "tools.image_search", 1, "results", "thumbnail")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToolsConfig:
+    names: tuple[str, ...] = ("python",)
+    """Of the built-in ones: python, text_search, image_search."""
+    functions: tuple[str, ...] = ()
+    """More tools: Python functions as module:function, with type hints and a docstring. They run in this process, with
+    all its rights, and get what the policy wrote."""
+    mcp: tuple[str, ...] = ()
+    """More tools: those of MCP servers, each a web address or a command line that is started."""
+    refuse_repeats: tuple[str, ...] = ("image_search",)
+    """Tools that a trajectory may not call twice with the same arguments: the second time there is a note. "all": every
+    tool."""
+    servers: tuple[str, ...] = ()
+    """Addresses of `hdpo serve-tools`, over which trajectories are spread; empty: tools run in this process."""
+    on_lost: Literal["observe", "drop"] = "drop"
+    """When a tool server dies: the policy reads of an error and goes on, or its rollout is dropped from the update."""
+    sandbox: Literal["bubblewrap", "none"] = "bubblewrap"
+    """What isolates model-written code. "none" runs it with this user's rights: only for code you trust."""
+    workers: int = 8
+    """Tool calls that run at a time."""
+    timeout_seconds: float = 20.0
+    memory_mb: int = 1_024
+    processes: int = 32
+    disk_mb: int = 64
+    output_chars: int = 65_536
+    max_images: int = 8
+    """Images one call may return; the rest are dropped whole, and the observation says so."""
+    text_search: TextSearchConfig = field(default_factory=TextSearchConfig)
+    image_search: ImageSearchConfig = field(default_factory=ImageSearchConfig)
+    web: WebConfig = field(default_factory=WebConfig)
+
+    def __post_init__(self):
+        at_least(self, "tools", 1, "workers", "memory_mb", "processes", "disk_mb", "output_chars")
+        at_least(self, "tools", 0, "max_images")
+        more_than_zero(self, "tools", "timeout_seconds")
+        for server in self.servers:
+            sound = server.startswith(("http://", "https://"))
+            require(sound, "tools.servers", server, "addresses such as http://10.0.0.5:8700")
