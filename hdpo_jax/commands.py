@@ -24,6 +24,7 @@ from hdpo_jax.config import (
 from hdpo_jax.config_files import config_names, load_config, run_settings
 from hdpo_jax.data.signs_config import SignsConfig
 from hdpo_jax.flags import parse_flags
+from sharding.mesh import MeshAxes
 
 
 class Command(Protocol):
@@ -186,6 +187,58 @@ class ExportHF:
                 print(self.output)
 
 
+SERVING = RolloutConfig(slots=16, capacity=16_384, patches=65_536, chunk=16)
+"""What answers are sampled with where no flag says otherwise: few at a time, and told of often."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serve:
+    """Answer OpenAI-compatible requests (/v1/models, /v1/chat/completions), with images, for many clients at a time."""
+
+    model: Path
+    """A model directory in HF format."""
+    host: str = "127.0.0.1"
+    """Beyond this machine only with a secret in HDPO_SERVE_TOKEN, which clients send as their API key."""
+    port: int = 8000
+    """0: a free one."""
+    name: str = ""
+    """What the model is called; by default its directory's name."""
+    agent_loop: Annotated[bool, tyro.conf.arg(name="agent")] = False
+    """Run the model's tool calls here (tools.*) and answer with its last turn; else they are the client's."""
+    waiting: int = 256
+    """Requests that may wait for a slot; more get 429."""
+    body_mb: int = 64
+    """Of a request, images included."""
+    drain_seconds: float = 60.0
+    """How long requests may still be answered after SIGTERM."""
+    seed: int = 0
+    dtype: Dtype = "bfloat16"
+    mesh: MeshAxes = field(default_factory=MeshAxes)
+    limits: Annotated[AgentConfig, tyro.conf.arg(name="agent")] = field(default_factory=AgentConfig)
+    tools: ToolsConfig = field(default_factory=ToolsConfig)
+    rollout: RolloutConfig = SERVING
+
+    def run(self) -> None:
+        from hdpo_jax.serve.command import run_server
+
+        run_server(
+            self.model,
+            host=self.host,
+            port=self.port,
+            name=self.name,
+            agent_loop=self.agent_loop,
+            waiting=self.waiting,
+            body_mb=self.body_mb,
+            drain_seconds=self.drain_seconds,
+            seed=self.seed,
+            dtype=self.dtype,
+            mesh=self.mesh,
+            agent=self.limits,
+            tools=self.tools,
+            rollout=self.rollout,
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """One self-contained HTML page of a run: curves and a trajectory browser."""
@@ -206,6 +259,7 @@ COMMANDS: dict[str, type[Command]] = {
     "score": Score,
     "import-hf": ImportHF,
     "export-hf": ExportHF,
+    "serve": Serve,
     "report": Report,
 }
 RUNS: dict[str, type[SFTConfig] | type[RLConfig]] = {"sft": SFTConfig, "train": RLConfig, "plan": RLConfig}

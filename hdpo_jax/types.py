@@ -22,6 +22,8 @@ class StopReason(enum.Enum):
     """The next token would not fit the trajectory's response budget, or the slot's capacity."""
     CALL_LIMIT = "call_limit"
     """The policy asked for one call more than allowed; that call was not sent."""
+    CUT = "cut"
+    """Whoever follows it had enough: a stop sequence of theirs was written, or they went away."""
     DROPPED = "dropped"
     """The world failed (the tool server was lost): the rollout is masked out of the update."""
 
@@ -37,6 +39,8 @@ class Prompt:
     """The original image files (JPEG, PNG…), full resolution, in the order of the image parts."""
     videos: Sequence[Video] = ()
     """In the order of the video parts. Tools do not get them."""
+    tools: Sequence[Mapping[str, Any]] = ()
+    """Schemas that the chat template describes; where messages describe the tools themselves, none."""
     ground_truth: str | Sequence[str]
     """What a right answer says; of several, any may match."""
     data_source: str

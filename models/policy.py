@@ -3,7 +3,7 @@
 Everything that knows of reinforcement learning is written against the three protocols here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -133,8 +133,11 @@ class PolicyProcessor(Protocol):
         videos: "Sequence[Video] | None" = None,
         *,
         add_generation_prompt: bool = True,
+        tools: "Sequence[Mapping[str, Any]]" = (),
     ) -> "EncodedPrompt":
-        """A conversation by the chat template; parts take `images` and `videos` in order, or, when None, their own."""
+        """A conversation by the chat template; parts take `images` and `videos` in order, or, when None, their own.
+
+        `tools`: schemas that the template is to describe."""
         ...
 
     def user_turn(

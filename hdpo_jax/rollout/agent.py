@@ -9,8 +9,7 @@ import logging
 import math
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
 from dataclasses import dataclass
 
@@ -21,12 +20,13 @@ from hdpo_jax.config import AgentConfig, RolloutConfig
 from hdpo_jax.rollout.calls import CallPool, GivenUp
 from hdpo_jax.rollout.engine import Chunk
 from hdpo_jax.rollout.live import Live
-from hdpo_jax.rollout.prompts import Intake, PromptEncoder, count_patches
+from hdpo_jax.rollout.prompts import count_patches
 from hdpo_jax.rollout.scheduler import Round, Sampled, Scheduler
+from hdpo_jax.rollout.sources import Source
 from hdpo_jax.rollout.strands import Strand
 from hdpo_jax.tools.protocol import parse_tool_call
 from hdpo_jax.tools.toolbox import Session, ToolBox
-from hdpo_jax.types import Observation, Prompt, StopReason, ToolCall, Trajectory, Turn
+from hdpo_jax.types import Observation, StopReason, ToolCall, Trajectory, Turn
 from models.policy import PolicyProcessor
 from models.qwen3_vl import EncodedImage
 
@@ -66,35 +66,21 @@ class Rollout:
         *,
         agent: AgentConfig,
         config: RolloutConfig,
-        encode: PromptEncoder,
-        prompts: Sequence[Prompt],
-        order: Sequence[int],
-        samples: int,
-        step: int,
-        numbers: Sequence[int],
+        source: Source,
         alone: bool = True,
-        on_finished: Callable[[Trajectory], None] | None = None,
     ):
-        """`order`: in which prompts are started. `numbers`: of each prompt in the step.
-
-        `alone`: nobody else decodes when this process has nothing to decode, so it may wait for its tools.
-        """
+        """`alone`: nobody else decodes when this process has nothing to decode, so it may wait for its tools."""
         self._scheduler = scheduler
         self._processor = processor
         self._toolbox = toolbox
         self._agent = agent
         self._config = config
-        self._prompts = Intake(encode, prompts, order, ahead=2 * max(rows for rows, _, _ in config.shapes))
-        self._samples = samples
-        self._step = step
-        self._numbers = numbers
+        self._source = source
         self._patience = math.inf if alone else MOMENT
-        self._on_finished = on_finished
         self._pool = CallPool(toolbox.workers if toolbox else 0, agent.call_seconds)
         self._in_flight = config.in_flight or 2 * config.slots
         self._live: dict[Strand, Live] = {}
         self._calls: dict[Future[_Answer], Live] = {}
-        self._finished: deque[Trajectory] = deque()
         self._cancelled: Future[_Answer] = Future()
         self.stats = scheduler.stats
 
@@ -105,10 +91,13 @@ class Rollout:
             self.stats.count(chunk)
             for sampled in self._scheduler.take(chunk):
                 self._take(sampled)
+        self._forget_gone()
         self._collect_answers()
+        if not self._live:
+            self._source.wait()
         self._start()
         self._gather_answers()
-        if not self._live and not self._prompts:
+        if not self._live and not self._source:
             return None
         return self._scheduler.plan()
 
@@ -119,7 +108,12 @@ class Rollout:
     @property
     def trajectories(self) -> list[Trajectory]:
         """Those that have ended, in the order of prompts and samples."""
-        return sorted(self._finished, key=lambda trajectory: (trajectory.group, trajectory.sample))
+        return self._source.trajectories
+
+    @property
+    def under_way(self) -> int:
+        """Trajectories that have begun and not ended."""
+        return len(self._live)
 
     def cancel(self) -> None:
         """From any thread: the rollout is given up, and `next` raises CancelledError, also where it waits."""
@@ -137,30 +131,31 @@ class Rollout:
         for ender in enders:
             ender.join(max(0.0, until - time.monotonic()))
         self._pool.close()
-        self._prompts.close()
+        self._source.close()
 
     # Prompts
 
     def _start(self) -> None:
         """Opens groups while more may be under way."""
-        while self._prompts and len(self._live) < self._in_flight:
-            place, question = self._prompts.pop()
-            group = self._numbers[place]
+        while self._source and len(self._live) < self._in_flight:
+            question, group, members = self._source.pop()
             prompt = Strand.of(question)
-            limit = min(self._config.capacity, prompt.length + self._agent.max_response_tokens)
-            members = []
-            for sample in range(self._samples):
-                strand = prompt.fork((self._step, group, sample), limit)
-                self._live[strand] = Live.start(question, group, sample, strand)
-                members.append(strand)
-            self._scheduler.open(prompt, members)
+            strands = []
+            for sample, member in enumerate(members):
+                limit = min(self._config.capacity, prompt.length + member.most)
+                strand = prompt.fork(member.identity, limit, member.own)
+                self._live[strand] = Live.start(question, group, sample, strand, member.listener)
+                strands.append(strand)
+            self._scheduler.open(prompt, strands)
 
     # Turns
 
     def _take(self, sampled: Sampled) -> None:
         live = self._live[sampled.strand]
         live.add_sampled(sampled)
-        if sampled.ended:
+        if live.listener and live.listener.sampled(sampled):
+            self._end_here(live)
+        elif sampled.ended:
             self._end_turn(live)
 
     def _end_turn(self, live: Live) -> None:
@@ -168,7 +163,7 @@ class Rollout:
         spent = strand.length >= strand.limit
         turn = strand.token_ids[strand.turn_start :]
         text = self._processor.decode(turn)
-        live.turns.append(Turn(role="assistant", text=text))
+        live.add_turn(Turn(role="assistant", text=text))
         if turn[-1] in self._processor.stop_ids:
             forced = not live.sampled[-1]
             self._finish(live, StopReason.TOKEN_BUDGET if forced else StopReason.END_OF_TURN)
@@ -188,14 +183,29 @@ class Rollout:
             room = self._config.patches - strand.patches
             self._calls[self._pool.submit(self._run_call, live.session, call, room)] = live
 
+    def _end_here(self, live: Live) -> None:
+        """Its listener has heard enough."""
+        live.add_turn(
+            Turn(role="assistant", text=self._processor.decode(live.strand.token_ids[live.strand.turn_start :]))
+        )
+        self._finish(live, StopReason.CUT)
+
+    def _forget_gone(self) -> None:
+        """Ends trajectories that nobody listens to any more, wherever they are."""
+        for live in [live for live in self._live.values() if live.listener and live.listener.gone]:
+            for future in [future for future, other in self._calls.items() if other is live]:
+                del self._calls[future]
+                self._end_session_later(live)
+            self._finish(live, StopReason.CUT)
+
     def _finish(self, live: Live, stop: StopReason) -> None:
         self._end_session(live)
         del self._live[live.strand]
-        self._scheduler.close(live.strand)
+        self._scheduler.abandon(live.strand)
         trajectory = live.finished(stop)
-        self._finished.append(trajectory)
-        if self._on_finished:
-            self._on_finished(trajectory)
+        self._source.finished(trajectory)
+        if live.listener:
+            live.listener.finished(trajectory)
 
     # Tools
 
@@ -207,15 +217,18 @@ class Rollout:
         session, live.session = live.session, None
         _close(session)
 
+    def _end_session_later(self, live: Live) -> None:
+        """Its session is in a call: it ends when that does, and another call would get a new one."""
+        session, live.session = live.session, None
+        threading.Thread(target=_close, args=(session,), daemon=True).start()
+
     def _answer_of(self, live: Live, future: Future[_Answer]) -> _Answer:
         """What a call gave; where it failed, raised or gave nonsense, words that say so: the policy's to deal with."""
         error = future.exception()
         if error is None:
             return future.result()
         if isinstance(error, GivenUp):
-            # The session is stuck in that call: the next call gets a new one, and this one ends when it can.
-            session, live.session = live.session, None
-            threading.Thread(target=_close, args=(session,), daemon=True).start()
+            self._end_session_later(live)
             said = f"it did not answer within {self._agent.call_seconds:g} s; its state is lost"
         else:
             said = _in_words(error)
@@ -283,7 +296,7 @@ class Rollout:
             self._cancelled.result()
 
     def _observe(self, live: Live, answer: _Answer) -> None:
-        live.turns.append(answer.turn)
+        live.add_turn(answer.turn)
         live.add_given(len(answer.token_ids))
         live.strand.append(answer.token_ids, list(answer.images), self._processor.config)
         self._scheduler.resume(live.strand)

@@ -14,6 +14,7 @@ A slot that has stopped is fed its pending token again and again, which writes t
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +24,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from hdpo_jax.config import RolloutConfig
-from hdpo_jax.rollout.sampling import sample
+from hdpo_jax.rollout.sampling import OwnSampling, sample, sample_own
 from models.policy import PolicyModel
 from models.qwen3_vl import Cache, PackedImages, SharedPages, cache_for, decoding_layout
 from sharding.rules import constrain
@@ -67,6 +68,8 @@ class Running(NamedTuple):
     """False: nothing in the slot."""
     shared: SharedPages | None
     """The pages of prompts that several slots go on from; None: none is read together."""
+    own: OwnSampling | None = None
+    """How each slot is sampled; None: all as the configuration says."""
 
 
 class Chunk(NamedTuple):
@@ -140,6 +143,7 @@ def make_programs(
     `config.force_end` is set; `forbidden` tokens are never sampled.
     """
     graphdef, _ = nnx.split(model)
+    alike = partial(sample, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, min_p=config.min_p)
     model_config, dtype = model.config, model.dtype
     decoder, lay_out = decoding_layout(
         model, platform=platform, rows=-(-config.slots // lanes), gathered=config.parameters == "gathered"
@@ -172,6 +176,7 @@ def make_programs(
         running = jax.tree.map(lambda field: constrain(field, "slots", *[None] * (field.ndim - 1)), running)
         slots = running.pending.shape[0]
         keys = jax.vmap(lambda identity: trajectory_key(seed, identity))(running.identity)
+        draw = partial(sample_own, own=running.own) if running.own else alike
         enough = jnp.ceil(config.return_early * running.active.sum())
 
         def goes_on(carry: Carry) -> Bool[Array, ""]:
@@ -190,14 +195,10 @@ def make_programs(
                 start=index,
                 shared=now.shared,
             )
-            token, logprob, sampled_logprob = sample(
+            token, logprob, sampled_logprob = draw(
                 model.logits(hidden[:, 0]),
                 jax.vmap(jax.random.fold_in)(keys, now.length),
                 jnp.asarray(forbidden),
-                temperature=config.temperature,
-                top_k=config.top_k,
-                top_p=config.top_p,
-                min_p=config.min_p,
             )
             length = now.length + now.active
             spent = length >= now.limit

@@ -6,6 +6,7 @@ import numpy as np
 
 from hdpo_jax.rollout.prompts import Question
 from hdpo_jax.rollout.scheduler import Sampled
+from hdpo_jax.rollout.sources import Listener
 from hdpo_jax.rollout.strands import Strand
 from hdpo_jax.tools.toolbox import Session
 from hdpo_jax.types import StopReason, Trajectory, Turn
@@ -25,9 +26,12 @@ class Live:
     turns: list[Turn] = field(default_factory=list)
     calls: int = 0
     session: Session | None = None
+    listener: Listener | None = None
 
     @classmethod
-    def start(cls, question: Question, group: int, sample: int, strand: Strand) -> "Live":
+    def start(
+        cls, question: Question, group: int, sample: int, strand: Strand, listener: Listener | None = None
+    ) -> "Live":
         nothing = [0.0] * strand.length
         return cls(
             question=question,
@@ -37,6 +41,7 @@ class Live:
             sampled=[False] * strand.length,
             logprobs=list(nothing),
             sampled_logprobs=nothing,
+            listener=listener,
         )
 
     def add_sampled(self, new: Sampled) -> None:
@@ -45,6 +50,12 @@ class Live:
         self.sampled_logprobs += new.sampled_logprobs
         self.sampled += [True] * len(new.tokens)
         self.sampled[-1] &= not new.forced
+
+    def add_turn(self, turn: Turn) -> None:
+        """A turn has ended."""
+        self.turns.append(turn)
+        if self.listener:
+            self.listener.turned(turn)
 
     def add_given(self, tokens: int) -> None:
         """Tokens that were not sampled."""

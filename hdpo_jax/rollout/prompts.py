@@ -62,7 +62,7 @@ class PromptEncoder:
 
     def _encode(self, prompt: Prompt) -> Question:
         images = [load_image(image) for image in prompt.images]
-        encoded = self._processor.encode_messages(prompt.messages, images, prompt.videos)
+        encoded = self._processor.encode_messages(prompt.messages, images, prompt.videos, tools=prompt.tools)
         grids = [image.grid for image in encoded.images]
         positions, _ = mrope_positions(encoded.token_ids, grids, self._processor.config)
         self._require_room(prompt, len(encoded.token_ids), [len(image.patches) for image in encoded.images])
@@ -77,7 +77,8 @@ class PromptEncoder:
             (largest, "patches in one image", config.image_patches, "rollout.shapes"),
         ):
             if found > most:
-                raise PromptTooLong(f"prompt {prompt.id} has {found} {what}; expected at most {most} ({setting})")
+                name = f"prompt {prompt.id}" if prompt.id else "the prompt"
+                raise PromptTooLong(f"{name} has {found} {what}; expected at most {most} ({setting})")
 
 
 class Intake:

@@ -15,8 +15,9 @@ from hdpo_jax.rollout.agent import Rollout
 from hdpo_jax.rollout.engine import Chunk, Experts, Programs, make_programs, read_report
 from hdpo_jax.rollout.lockstep import Lanes, next_round, spread
 from hdpo_jax.rollout.packing import require_experts
-from hdpo_jax.rollout.prompts import PromptEncoder
+from hdpo_jax.rollout.prompts import Intake, PromptEncoder
 from hdpo_jax.rollout.scheduler import Round, Scheduler
+from hdpo_jax.rollout.sources import Batch, Source
 from hdpo_jax.rollout.stats import RolloutStats
 from hdpo_jax.tools.toolbox import ToolBox
 from hdpo_jax.types import Prompt, Trajectory
@@ -44,7 +45,9 @@ class Sampler:
         rollout: RolloutConfig,
         seed: int,
         encode: PromptEncoder | None = None,
+        own: bool = False,
     ):
+        """`own`: trajectories say how they are sampled, and not `rollout`."""
         least = len(processor.close_turn) + len(processor.observation_turn("").token_ids)
         if toolbox and agent.max_observation_tokens < least:
             raise ConfigError(
@@ -72,6 +75,7 @@ class Sampler:
             end_id=processor.stop_ids[0],
             forbidden=processor.forbidden,
         )
+        self._own = own
         self._lengths: dict[str, float] = {}
         self.stats = RolloutStats()
 
@@ -104,20 +108,27 @@ class Sampler:
         on_finished: Callable[[Trajectory], None] | None = None,
     ) -> Rollout:
         """The host's part of what `sample` does; to be closed, also after an error."""
+        ahead = 2 * max(rows for rows, _, _ in self._config.shapes)
+        batch = Batch(
+            Intake(self._encode, prompts, self._order(prompts), ahead=ahead),
+            samples=samples,
+            step=step,
+            numbers=range(len(prompts)) if numbers is None else numbers,
+            most=self._agent.max_response_tokens,
+            on_finished=on_finished,
+        )
+        return self.rollout_of(batch, alone=self._alone)
+
+    def rollout_of(self, source: Source, *, alone: bool) -> Rollout:
+        """The same of whatever `source` has; `alone` as for `Rollout`."""
         rollout = Rollout(
             self._scheduler(),
             self._processor,
             self._toolbox,
             agent=self._agent,
             config=self._config,
-            encode=self._encode,
-            prompts=prompts,
-            order=self._order(prompts),
-            samples=samples,
-            step=step,
-            numbers=range(len(prompts)) if numbers is None else numbers,
-            alone=self._alone,
-            on_finished=on_finished,
+            source=source,
+            alone=alone,
         )
         self.stats = rollout.stats
         return rollout
@@ -161,7 +172,7 @@ class Sampler:
 
     def _scheduler(self) -> Scheduler:
         recent = max(map(len, self._stops)) - 1
-        return Scheduler(self._config, self._processor.config, lanes=len(self.lanes.own), recent=recent)
+        return Scheduler(self._config, self._processor.config, lanes=len(self.lanes.own), recent=recent, own=self._own)
 
     def _plan(self, rollout: Rollout) -> Callable[[Chunk | None], Round | None]:
         if self._alone:

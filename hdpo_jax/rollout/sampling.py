@@ -1,5 +1,7 @@
 """The next token from its logits, with a key that knows only the trajectory and the position."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,16 @@ from jaxtyping import Array, Bool, Float, Int, Key
 _MASKED = -jnp.inf
 _BLOCK = 128
 """Vocabulary entries that are summed at a time where a token is looked for."""
+
+
+class OwnSampling(NamedTuple):
+    """How each row is sampled, where rows differ; of one row, or of all in a batch."""
+
+    temperature: Float[Array, " rows"]
+    """0 takes the most likely token."""
+    top_k: Int[Array, " rows"]
+    top_p: Float[Array, " rows"]
+    min_p: Float[Array, " rows"]
 
 
 def truncate(
@@ -31,6 +43,24 @@ def truncate(
         least = logits.max(axis=-1, keepdims=True) + jnp.log(min_p)
         logits = jnp.where(logits < least, _MASKED, logits)
     return logits
+
+
+def truncate_own(logits: Float[Array, "rows vocab"], own: OwnSampling) -> Float[Array, "rows vocab"]:
+    """`truncate`, each row by its own measure; one sort where any row asks for it, else none."""
+
+    def truncated(logits: Float[Array, "rows vocab"]) -> Float[Array, "rows vocab"]:
+        descending = -jnp.sort(-logits, axis=-1)
+        rank = jnp.arange(logits.shape[-1])
+        among_top = jnp.where((own.top_k > 0)[:, None], rank < own.top_k[:, None], True)
+        likely = jnp.where(among_top, descending, _MASKED)
+        share = jax.nn.softmax(likely)
+        in_nucleus = (jnp.cumsum(share, axis=-1) - share < own.top_p[:, None]) | (own.top_p >= 1.0)[:, None]
+        likely_enough = likely >= descending[:, :1] + jnp.log(own.min_p)[:, None]
+        least = jnp.min(jnp.where(among_top & in_nucleus & likely_enough, descending, jnp.inf), axis=-1, keepdims=True)
+        return jnp.where(logits < least, _MASKED, logits)
+
+    asked = ((own.top_k > 0) | (own.top_p < 1.0) | (own.min_p > 0.0)).any()
+    return jax.lax.cond(asked, truncated, lambda logits: logits, logits)
 
 
 def _draw(logits: Float[Array, "rows vocab"], keys: Key[Array, " rows"]) -> Int[Array, " rows"]:
@@ -90,6 +120,22 @@ def sample(
     tokens = _draw(candidates, keys)
     policy = _chosen(logits, tokens)
     return tokens.astype(jnp.int32), policy, policy if candidates is logits else _chosen(candidates, tokens)
+
+
+def sample_own(
+    logits: Float[Array, "rows vocab"],
+    keys: Key[Array, " rows"],
+    forbidden: Bool[Array | np.ndarray, " vocab"],
+    own: OwnSampling,
+) -> tuple[Int[Array, " rows"], Float[Array, " rows"], Float[Array, " rows"]]:
+    """`sample`, each row in its own way: the same token and log-probabilities as if all were sampled like it."""
+    logits = jnp.where(forbidden, _MASKED, logits)
+    greedy = own.temperature == 0
+    logits = logits / jnp.where(greedy, 1.0, own.temperature)[:, None]
+    candidates = truncate_own(logits, own)
+    tokens = jnp.where(greedy, jnp.argmax(logits, axis=-1), _draw(candidates, keys))
+    drawn = jnp.where(greedy, 0.0, _chosen(candidates, tokens))
+    return tokens.astype(jnp.int32), _chosen(logits, tokens), drawn
 
 
 def _chosen(logits: Float[Array, "rows vocab"], tokens: Int[Array, " rows"]) -> Float[Array, " rows"]:

@@ -14,6 +14,7 @@ from jaxtyping import Int
 from hdpo_jax.config import RolloutConfig
 from hdpo_jax.rollout.engine import Chunk, Copies, Extension, Running
 from hdpo_jax.rollout.pages import PagePool
+from hdpo_jax.rollout.sampling import OwnSampling
 from hdpo_jax.rollout.stats import RolloutStats
 from hdpo_jax.rollout.strands import Piece, Strand
 from models.policy import PolicyConfig
@@ -112,7 +113,9 @@ class _Lane:
 class Scheduler:
     """Strands in slots, pages and batches. Lanes share nothing: each has its slots and its pages."""
 
-    def __init__(self, config: RolloutConfig, model: PolicyConfig, *, lanes: int, recent: int):
+    def __init__(self, config: RolloutConfig, model: PolicyConfig, *, lanes: int, recent: int, own: bool = False):
+        """`recent`: how many of a turn's last tokens the decoder is told. `own`: strands say how they are sampled."""
+        self._own = own
         self._config = config
         self._model = model
         self._recent = recent
@@ -168,6 +171,20 @@ class Scheduler:
             del lane.paused[strand]
         else:
             lane.leave(strand)
+        lane.drop_pages(strand)
+
+    def abandon(self, strand: Strand) -> None:
+        """A strand is done with, wherever it is: in a slot, on its way there, or waiting."""
+        lane = self._lane_of[strand]
+        if strand in lane.paused or strand in lane.running.values():
+            return self.close(strand)
+        del self._lane_of[strand]
+        for queue in (lane.ready, lane.missing, *(family.members for family in lane.families)):
+            if strand in queue:
+                queue.remove(strand)
+        for family in [family for family in lane.families if not family.members]:
+            lane.families.remove(family)
+            lane.drop_pages(family.prompt)
         lane.drop_pages(strand)
 
     # What the device did
@@ -359,7 +376,17 @@ class Scheduler:
                 recent[at, self._recent - len(turn) :] = turn
         together: Any = (np.concatenate(part) for part in zip(*shared, strict=True))
         arrays: list[Any] = [table, pending, length, limit, offset, identity, recent, active]
-        return Running(*arrays, shared=SharedPages(*together))
+        return Running(*arrays, shared=SharedPages(*together), own=self._own_sampling() if self._own else None)
+
+    def _own_sampling(self) -> OwnSampling:
+        slots = self._slots * len(self._lanes)
+        temperature, top_p, min_p = np.ones(slots, np.float32), np.ones(slots, np.float32), np.zeros(slots, np.float32)
+        arrays: Any = temperature, np.zeros(slots, np.int32), top_p, min_p
+        for number, lane in enumerate(self._lanes):
+            for slot, strand in lane.running.items():
+                for array, value in zip(arrays, strand.own or (), strict=True):
+                    array[number * self._slots + slot] = value
+        return OwnSampling(*arrays)
 
     def _shared_pages(self, lane: _Lane) -> SharedPages:
         """Strands with the same prompt pages in groups; one that was evicted has pages of its own, as many."""

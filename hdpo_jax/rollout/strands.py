@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Int
 
 from hdpo_jax.rollout.prompts import Question
+from hdpo_jax.rollout.sampling import OwnSampling
 from models.policy import PolicyConfig
 from models.qwen3_vl import EncodedImage
 from models.qwen3_vl.images import feature_indices, mrope_positions, placeholder_ids
@@ -47,6 +48,8 @@ class Strand:
     """Length at which its token budget is spent."""
     identity: tuple[int, int, int] = (0, 0, 0)
     """Step, prompt and sample number."""
+    own: OwnSampling | None = None
+    """How it is sampled, where trajectories differ in that; numbers in place of rows."""
     prompt: int = 0
     """Tokens that it has in common with the others of its group, and that were cached for all."""
     turn_start: int = 0
@@ -65,11 +68,11 @@ class Strand:
     def of(cls, question: Question) -> "Strand":
         return cls(question.token_ids.tolist(), list(question.images), question.positions)
 
-    def fork(self, identity: tuple[int, int, int], limit: int) -> "Strand":
+    def fork(self, identity: tuple[int, int, int], limit: int, own: OwnSampling | None = None) -> "Strand":
         """A trajectory that goes on from this prompt; it has no pages yet."""
         length = self.length
         return Strand(
-            list(self.token_ids), list(self.images), self.positions, limit, identity, length - 1, turn_start=length
+            list(self.token_ids), list(self.images), self.positions, limit, identity, own, length - 1, turn_start=length
         )
 
     @property

@@ -39,8 +39,9 @@ class Policy:
         rollout: RolloutConfig,
         seed: int,
         encode: PromptEncoder | None = None,
+        own: bool = False,
     ) -> Sampler:
-        """What samples from this policy, on its mesh."""
+        """What samples from this policy, on its mesh; `own`: trajectories say how they are sampled."""
         return Sampler(
             self.model,
             self.processor,
@@ -50,6 +51,7 @@ class Policy:
             rollout=rollout,
             seed=seed,
             encode=encode,
+            own=own,
         )
 
 

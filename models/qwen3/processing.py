@@ -1,8 +1,9 @@
 """Messages to token ids for a model that reads text only."""
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
@@ -44,10 +45,12 @@ class TextProcessor(Processor):
     def _placeholders(self) -> tuple[int, ...]:
         return ()
 
-    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+    def _render(
+        self, messages: Sequence[Message], add_generation_prompt: bool, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> str:
         # Templates of text models know contents that are strings, and leave out others without a word.
         said = [{**message, "content": _text_of(message)} for message in messages]
-        return super()._render(said, add_generation_prompt)
+        return super()._render(said, add_generation_prompt, tools)
 
 
 def _text_of(message: Message) -> str:

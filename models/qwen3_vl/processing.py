@@ -3,7 +3,7 @@
 import copy
 import functools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -157,15 +157,19 @@ class Processor:
         videos: Sequence[Video] | None = None,
         *,
         add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> EncodedPrompt:
         """A conversation by the chat template; parts take `images` and `videos` in order, or, when None, their own.
 
-        Raises ValueError where parts do not match what came with them, or the template refuses the messages.
+        `tools`: schemas that the template is to describe. Raises ValueError where parts do not match what came with
+        them, or the template refuses the messages.
         """
         parts = [part for message in messages for part in _parts(message)]
         encoded = self._encode_media(parts, images, videos)
-        masks = self._masks(part["text"] for part in parts if "text" in part)
-        rendered = self._render([self._masked_message(message, masks) for message in messages], add_generation_prompt)
+        calls = [message.get("tool_calls") for message in messages]
+        masks = self._masks([*(part["text"] for part in parts if "text" in part), *_strings([calls, tools])])
+        masked = [self._masked_message(message, masks) for message in messages]
+        rendered = self._render(masked, add_generation_prompt, self._masked_all(tools, masks))
         return self._expand(self._encode_rendered(rendered, masks), *encoded)
 
     def user_turn(self, message: Message, images: Sequence[Image.Image], videos: Sequence[Video]) -> EncodedPrompt:
@@ -227,10 +231,15 @@ class Processor:
         assert isinstance(config, Qwen3VLConfig)
         return config.vision_start_token_id, config.vision_end_token_id
 
-    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+    def _render(
+        self, messages: Sequence[Message], add_generation_prompt: bool, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> str:
         try:
             rendered = self.tokenizer.apply_chat_template(
-                [dict(message) for message in messages], tokenize=False, add_generation_prompt=add_generation_prompt
+                [dict(message) for message in messages],
+                tools=[dict(tool) for tool in tools] or None,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
             )
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template refuses the messages: {error}") from error
@@ -272,6 +281,8 @@ class Processor:
 
     def _masked_message(self, message: Message, masks: Mapping[str, str]) -> Message:
         """Special tokens masked; of images and videos only that they are there."""
+        if message.get("tool_calls"):
+            message = {**message, "tool_calls": self._masked_all(message["tool_calls"], masks)}
         if isinstance(message.get("content"), str):
             return {**message, "content": self._masked(message["content"], masks)}
         parts = [
@@ -279,6 +290,14 @@ class Processor:
             for part in _parts(message)
         ]
         return {**message, "content": parts}
+
+    def _masked_all(self, value: Any, masks: Mapping[str, str]) -> Any:
+        """The same for every string in what JSON holds, keys included."""
+        if isinstance(value, str):
+            return self._masked(value, masks)
+        if isinstance(value, Mapping):
+            return {self._masked(key, masks): self._masked_all(entry, masks) for key, entry in value.items()}
+        return [self._masked_all(entry, masks) for entry in value] if isinstance(value, list | tuple) else value
 
     def _encode_rendered(self, rendered: str, masks: Mapping[str, str]) -> list[int]:
         """Ids of rendered text: special tokens are control tokens, masked ones are plain text."""
@@ -388,6 +407,17 @@ def _parts(message: Message) -> Sequence[Mapping[str, Any]]:
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
     return content or []
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every string in what JSON holds, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _strings([*value.keys(), *value.values()])
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            yield from _strings(entry)
 
 
 def _carried(part: Mapping[str, Any]) -> Image.Image:
