@@ -108,6 +108,8 @@ class Trajectory:
     calls: int
     """Every tool call sent: malformed, unknown, refused, timed-out and failed ones count too."""
     stop: StopReason
+    call_probabilities: Sequence[float] = ()
+    """Of each tool call, sent or not: the probability that the policy gave its `<tool_call>`."""
     prompt_experts: Int[np.ndarray, "prompt_but_one layers chosen"] | None = None
     """Those that the prompt's tokens went through, its last one left out; one array for all that go on from it. None:
     not recorded, or there are no such tokens."""

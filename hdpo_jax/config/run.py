@@ -53,11 +53,17 @@ class AgentConfig:
     """Tokens of one observation, chat wrapper included; a longer one loses images from the end, then its middle."""
     call_seconds: float = 120.0
     """A tool call that has not answered by then is given up: the policy sees an error, and goes on."""
+    gate: str = ""
+    """Not while training: the gate.json of `hdpo eval --calibrate-gate`, by which calls of little worth are answered
+    instead. Empty: every call is sent."""
+    gate_threshold: float = 0.5
+    """Worth from which on a call is sent: the share of such calls that turned a wrong answer into a right one."""
 
     def __post_init__(self):
         at_least(self, "agent", 0, "max_calls")
         more_than_zero(self, "agent", "call_seconds")
         at_least(self, "agent", 1, "max_response_tokens", "max_observation_tokens")
+        share(self, "agent", "gate_threshold")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,6 +302,7 @@ class RLConfig:
 
     def __post_init__(self):
         """Rows hold whatever the budgets allow: else a run would end in the middle, over one trajectory."""
+        require(not self.agent.gate, "agent.gate", self.agent.gate, "none while training: it is a dial for inference")
         for name, least in (("row_tokens", self.rollout.capacity), ("row_patches", self.rollout.patches)):
             found = getattr(self.train, name)
             require(found >= least, f"train.{name}", found, f"at least {least}, which rollout.* allows a trajectory")

@@ -19,12 +19,13 @@ from jaxtyping import Int
 from hdpo_jax.config import AgentConfig, RolloutConfig
 from hdpo_jax.rollout.calls import CallPool, GivenUp
 from hdpo_jax.rollout.engine import Chunk
+from hdpo_jax.rollout.gate import Gate
 from hdpo_jax.rollout.live import Live
 from hdpo_jax.rollout.prompts import count_patches
 from hdpo_jax.rollout.scheduler import Round, Sampled, Scheduler
 from hdpo_jax.rollout.sources import Source
 from hdpo_jax.rollout.strands import Strand
-from hdpo_jax.tools.protocol import parse_tool_call
+from hdpo_jax.tools.protocol import TOOL_CALL_START, parse_tool_call
 from hdpo_jax.tools.toolbox import Session, ToolBox
 from hdpo_jax.types import Observation, StopReason, ToolCall, Trajectory, Turn
 from models.policy import PolicyProcessor
@@ -36,6 +37,8 @@ MOMENT = 0.02
 """Seconds that a process waits for its tools, at most, while others may be able to decode."""
 PATIENCE = 5.0
 """Seconds that an interrupted rollout waits for its sessions to end; what is left of them ends with the process."""
+ANSWER_START = "<answer>"
+"""What is written in place of a call that is not sent."""
 LONGEST_ERROR = 500
 """Characters of what a tool raised that the policy gets to see."""
 
@@ -67,15 +70,22 @@ class Rollout:
         agent: AgentConfig,
         config: RolloutConfig,
         source: Source,
+        gate: Gate | None = None,
         alone: bool = True,
     ):
-        """`alone`: nobody else decodes when this process has nothing to decode, so it may wait for its tools."""
+        """`alone`: nobody else decodes when this process has nothing to decode, so it may wait for its tools.
+
+        `gate`: which calls are sent; None: all.
+        """
         self._scheduler = scheduler
         self._processor = processor
         self._toolbox = toolbox
         self._agent = agent
         self._config = config
         self._source = source
+        self._gate = gate
+        self._call_start = processor.encode_text(TOOL_CALL_START).tolist()
+        self._answer_start = processor.encode_text(ANSWER_START).tolist()
         self._patience = math.inf if alone else MOMENT
         self._pool = CallPool(toolbox.workers if toolbox else 0, agent.call_seconds)
         self._in_flight = config.in_flight or 2 * config.slots
@@ -154,7 +164,7 @@ class Rollout:
         live = self._live[sampled.strand]
         live.add_sampled(sampled)
         if live.listener and live.listener.sampled(sampled):
-            self._end_here(live)
+            self._end_here(live, StopReason.CUT)
         elif sampled.ended:
             self._end_turn(live)
 
@@ -163,11 +173,14 @@ class Rollout:
         spent = strand.length >= strand.limit
         turn = strand.token_ids[strand.turn_start :]
         text = self._processor.decode(turn)
+        called = tuple(turn[-len(calls) :]) == calls
+        if called and not spent and self._held_back(live):
+            return
         live.add_turn(Turn(role="assistant", text=text))
         if turn[-1] in self._processor.stop_ids:
             forced = not live.sampled[-1]
             self._finish(live, StopReason.TOKEN_BUDGET if forced else StopReason.END_OF_TURN)
-        elif tuple(turn[-len(calls) :]) != calls or spent:
+        elif not called or spent:
             self._finish(live, StopReason.TOKEN_BUDGET)
         elif live.calls >= self._agent.max_calls:
             self._finish(live, StopReason.CALL_LIMIT)
@@ -183,12 +196,33 @@ class Rollout:
             room = self._config.patches - strand.patches
             self._calls[self._pool.submit(self._run_call, live.session, call, room)] = live
 
-    def _end_here(self, live: Live) -> None:
-        """Its listener has heard enough."""
+    def _held_back(self, live: Live) -> bool:
+        """Whether the gate keeps a call back: its turn goes on as an answer where the call began, or ends for good."""
+        strand, start = live.strand, self._call_start
+        begun = _last(strand.token_ids, start, strand.turn_start)
+        if begun is None:
+            return False
+        probability = math.exp(sum(live.logprobs[begun : begun + len(start)]))
+        live.call_probabilities.append(probability)
+        if self._gate is None or self._gate.sends(probability):
+            return False
+        if live.held_back:
+            self._end_here(live, StopReason.CALL_LIMIT)
+            return True
+        live.held_back = True
+        live.rewind(begun)
+        live.add_given(len(self._answer_start))
+        strand.rewrite(begun, self._answer_start)
+        self._scheduler.pause(strand)
+        self._scheduler.resume(strand)
+        return True
+
+    def _end_here(self, live: Live, stop: StopReason) -> None:
+        """In the midst of a turn."""
         live.add_turn(
             Turn(role="assistant", text=self._processor.decode(live.strand.token_ids[live.strand.turn_start :]))
         )
-        self._finish(live, StopReason.CUT)
+        self._finish(live, stop)
 
     def _forget_gone(self) -> None:
         """Ends trajectories that nobody listens to any more, wherever they are."""
@@ -300,6 +334,13 @@ class Rollout:
         live.add_given(len(answer.token_ids))
         live.strand.append(answer.token_ids, list(answer.images), self._processor.config)
         self._scheduler.resume(live.strand)
+
+
+def _last(ids: Sequence[int], wanted: Sequence[int], begin: int) -> int | None:
+    """Where `wanted` stands for the last time, from `begin` on."""
+    size = len(wanted)
+    places = range(len(ids) - size, begin - 1, -1)
+    return next((place for place in places if list(ids[place : place + size]) == wanted), None)
 
 
 def _close(session: Session | None) -> None:

@@ -27,6 +27,9 @@ class Live:
     calls: int = 0
     session: Session | None = None
     listener: Listener | None = None
+    call_probabilities: list[float] = field(default_factory=list)
+    held_back: bool = False
+    """A call of the turn under way was answered instead."""
 
     @classmethod
     def start(
@@ -51,9 +54,15 @@ class Live:
         self.sampled += [True] * len(new.tokens)
         self.sampled[-1] &= not new.forced
 
+    def rewind(self, length: int) -> None:
+        """Forgets what was sampled from `length` on."""
+        for kept in (self.sampled, self.logprobs, self.sampled_logprobs):
+            del kept[length:]
+
     def add_turn(self, turn: Turn) -> None:
         """A turn has ended."""
         self.turns.append(turn)
+        self.held_back = False
         if self.listener:
             self.listener.turned(turn)
 
@@ -78,6 +87,7 @@ class Live:
             turns=self.turns,
             calls=self.calls,
             stop=stop,
+            call_probabilities=self.call_probabilities,
             prompt_experts=self.strand.begun.experts if self.strand.begun else None,
             experts=self.strand.experts,
         )

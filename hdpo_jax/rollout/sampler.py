@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from hdpo_jax.config import AgentConfig, ConfigError, RolloutConfig
 from hdpo_jax.rollout.agent import Rollout
 from hdpo_jax.rollout.engine import Chunk, Experts, Programs, make_programs, read_report
+from hdpo_jax.rollout.gate import Gate
 from hdpo_jax.rollout.lockstep import Lanes, next_round, spread
 from hdpo_jax.rollout.packing import require_experts
 from hdpo_jax.rollout.prompts import Intake, PromptEncoder
@@ -46,8 +47,9 @@ class Sampler:
         seed: int,
         encode: PromptEncoder | None = None,
         own: bool = False,
+        gate: Gate | None = None,
     ):
-        """`own`: trajectories say how they are sampled, and not `rollout`."""
+        """`own`: trajectories say how they are sampled, and not `rollout`. `gate`: in place of the one of `agent`."""
         least = len(processor.close_turn) + len(processor.observation_turn("").token_ids)
         if toolbox and agent.max_observation_tokens < least:
             raise ConfigError(
@@ -76,6 +78,7 @@ class Sampler:
             forbidden=processor.forbidden,
         )
         self._own = own
+        self._gate = gate or Gate.of(agent)
         self._lengths: dict[str, float] = {}
         self.stats = RolloutStats()
 
@@ -128,6 +131,7 @@ class Sampler:
             agent=self._agent,
             config=self._config,
             source=source,
+            gate=self._gate,
             alone=alone,
         )
         self.stats = rollout.stats

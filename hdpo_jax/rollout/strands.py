@@ -102,6 +102,11 @@ class Strand:
         self.turn_start = self.length
         self._spans = None
 
+    def rewrite(self, length: int, ids: Sequence[int]) -> None:
+        """Tokens from `length` on, of the turn under way, give way to others; what the cache holds of them is void."""
+        self.token_ids[length:] = ids
+        self.cached = min(self.cached, length)
+
     def record(self, begin: int, experts: Int[np.ndarray, "tokens layers chosen"]) -> None:
         """Keeps the experts of tokens from `begin` on; of those that are computed anew, what was there stays."""
         known = self.prompt + sum(map(len, self.recorded))

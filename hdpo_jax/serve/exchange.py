@@ -3,7 +3,7 @@
 import asyncio
 import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -60,16 +60,23 @@ class Follower:
         self._choice = choice
         self._stream = stream
         self._text = stream()
+        self._said = ""
+        """Of the turn under way."""
         self._send = send
 
     def sampled(self, new: Sampled) -> bool:
         text = self._text.add(new.tokens)
+        self._said += text
         self._send(Told(choice=self._choice, text=text, tokens=new.tokens, logprobs=new.logprobs))
         return self._text.stopped
 
     def turned(self, turn: Turn) -> None:
-        rest = self._text.end() if turn.role == "assistant" else ""
-        self._text = self._stream()
+        if turn.role == "assistant":
+            rest = self._text.end()
+            turn = replace(turn, text=self._said) if self._text.stopped else turn
+        else:
+            rest = ""
+        self._text, self._said = self._stream(), ""
         self._send(Told(choice=self._choice, text=rest, turn=turn))
 
     def finished(self, trajectory: Trajectory) -> None:

@@ -193,8 +193,7 @@ class _Answer:
         fresh = self._records(told) if self._asked.logprobs else []
         choice.records += fresh
         if told.turn and self._agent:
-            text = choice.text if told.turn.role == "assistant" else told.turn.text
-            choice.turns.append({"role": told.turn.role, "content": text})
+            choice.turns.append({"role": told.turn.role, "content": told.turn.text})
             choice.text = ""
         return fresh
 

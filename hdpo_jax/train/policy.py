@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from hdpo_jax.config import AgentConfig, ConfigError, ModelConfig, RolloutConfig
+from hdpo_jax.rollout.gate import Gate
 from hdpo_jax.rollout.prompts import PromptEncoder
 from hdpo_jax.rollout.sampler import Sampler
 from hdpo_jax.tools.toolbox import ToolBox
@@ -40,8 +41,9 @@ class Policy:
         seed: int,
         encode: PromptEncoder | None = None,
         own: bool = False,
+        gate: Gate | None = None,
     ) -> Sampler:
-        """What samples from this policy, on its mesh; `own`: trajectories say how they are sampled."""
+        """What samples from this policy, on its mesh; settings are those of `Sampler`."""
         return Sampler(
             self.model,
             self.processor,
@@ -52,6 +54,7 @@ class Policy:
             seed=seed,
             encode=encode,
             own=own,
+            gate=gate,
         )
 
 

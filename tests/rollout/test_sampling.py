@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hdpo_jax.rollout.sampling import _draw, sample, truncate
+from hdpo_jax.rollout.sampling import OwnSampling, _draw, sample, sample_own, truncate
 
 LOGITS = jnp.log(jnp.array([[0.5, 0.25, 0.15, 0.1]]))
 NOTHING = np.zeros(4, bool)
@@ -102,3 +102,27 @@ def test_tokens_without_probability_never_come_up_in_a_real_vocabulary(monkeypat
     assert allowed[tokens].all()
     drawn = 1 - draws
     assert (cumulative[tokens] > drawn - 1e-5).all() and (cumulative[tokens - 1] < drawn + 1e-5).all()
+
+
+def test_rows_that_say_how_they_are_sampled_are_sampled_as_if_all_were():
+    ways = [
+        {"temperature": 1.0},
+        {"temperature": 0.0},
+        {"temperature": 0.7, "top_k": 3},
+        {"temperature": 1.3, "top_p": 0.6},
+        {"temperature": 1.0, "min_p": 0.2},
+        {"temperature": 2.0, "top_k": 5, "top_p": 0.8, "min_p": 0.1},
+    ]
+    rows, vocabulary = len(ways), 50
+    logits = 2 * jax.random.normal(jax.random.key(1), (rows, vocabulary))
+    forbidden = jnp.arange(vocabulary) % 7 == 0
+    fields = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    own = OwnSampling(*(jnp.asarray([way.get(name, default) for way in ways]) for name, default in fields.items()))
+    for draw in range(20):
+        drawn = jax.random.split(jax.random.key(draw), rows)
+        found = sample_own(logits, drawn, forbidden, own)
+        for row, way in enumerate(ways):
+            expected = sample(logits, drawn, forbidden, **way)
+            assert int(found[0][row]) == int(expected[0][row])
+            for one, other in zip(found[1:], expected[1:], strict=True):
+                np.testing.assert_allclose(one[row], other[row], atol=1e-5)

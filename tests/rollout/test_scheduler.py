@@ -111,3 +111,28 @@ def test_a_trajectory_of_one_token_may_be_evicted_before_it_has_sampled():
     assert scheduler._evict(lane)
     plan = scheduler.plan()
     assert extended(plan) == 0 and plan.running is not None and plan.running.active.sum() == 1
+
+
+@pytest.mark.parametrize("rounds", [0, 1, 2])
+def test_what_is_abandoned_leaves_nothing_behind_wherever_it_is(rounds):
+    """Before its prompt is computed, in a slot, waiting for one, evicted or paused: in the end all pages are free."""
+    scheduler = Scheduler(CONFIG, oracle("biased, untied").config, lanes=1, recent=0)
+    question, other = prompt(9), prompt(13)
+    strands = [*members(question, 6), *members(other, 2)]
+    scheduler.open(question, strands[:6])
+    scheduler.open(other, strands[6:])
+    for number in range(rounds):
+        plan = scheduler.plan()
+        if plan.running is not None:
+            ended = sampled(scheduler, plan, [1] * 4, [number == 1] * 4)
+            for strand in ended[:2]:
+                scheduler.pause(strand)
+            for strand in ended[2:]:
+                scheduler.close(strand)
+                strands.remove(strand)
+    for strand in strands:
+        scheduler.abandon(strand)
+    assert scheduler.running == scheduler.coming == 0
+    (lane,) = scheduler._lanes
+    assert lane.pool.free == CONFIG.pages_per_lane(1) - 1 and not lane.paused and not lane.families
+    assert scheduler.plan().running is None
