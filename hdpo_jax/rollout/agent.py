@@ -18,12 +18,12 @@ import numpy as np
 from jaxtyping import Int
 
 from hdpo_jax.config import AgentConfig, RolloutConfig
-from hdpo_jax.rollout.calls import CallPool, GivenUp
 from hdpo_jax.rollout.engine import Chunk
 from hdpo_jax.rollout.live import Live
 from hdpo_jax.rollout.prompts import Intake, PromptEncoder, count_patches
 from hdpo_jax.rollout.scheduler import Round, Sampled, Scheduler
 from hdpo_jax.rollout.strands import Strand
+from hdpo_jax.tools.calls import CallPool, GivenUp
 from hdpo_jax.tools.protocol import parse_tool_call
 from hdpo_jax.tools.toolbox import Session, ToolBox
 from hdpo_jax.types import Observation, Prompt, StopReason, ToolCall, Trajectory, Turn
