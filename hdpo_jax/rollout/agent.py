@@ -24,8 +24,7 @@ from hdpo_jax.rollout.prompts import Intake, PromptEncoder, count_patches
 from hdpo_jax.rollout.scheduler import Round, Sampled, Scheduler
 from hdpo_jax.rollout.strands import Strand
 from hdpo_jax.tools.calls import CallPool, GivenUp
-from hdpo_jax.tools.protocol import parse_tool_call
-from hdpo_jax.tools.toolbox import Session, ToolBox
+from hdpo_jax.tools.protocol import Tools, TrajectoryTools, parse_tool_call
 from hdpo_jax.types import Observation, Prompt, StopReason, ToolCall, Trajectory, Turn
 from models.policy import PolicyProcessor
 from models.qwen3_vl import EncodedImage
@@ -62,7 +61,7 @@ class Rollout:
         self,
         scheduler: Scheduler,
         processor: PolicyProcessor,
-        toolbox: ToolBox | None,
+        toolbox: Tools | None,
         *,
         agent: AgentConfig,
         config: RolloutConfig,
@@ -199,7 +198,7 @@ class Rollout:
 
     # Tools
 
-    def _run_call(self, session: Session, call: ToolCall, room: int) -> _Answer:
+    def _run_call(self, session: TrajectoryTools, call: ToolCall, room: int) -> _Answer:
         """In a thread of the pool: the call, and what it answers made ready. `room`: image patches still allowed."""
         return self._answer(session.call(call), room)
 
@@ -289,7 +288,7 @@ class Rollout:
         self._scheduler.resume(live.strand)
 
 
-def _close(session: Session | None) -> None:
+def _close(session: TrajectoryTools | None) -> None:
     """What a session does not let go of is not its trajectory's concern: that is whole."""
     try:
         if session:

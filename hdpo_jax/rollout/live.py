@@ -7,7 +7,7 @@ import numpy as np
 from hdpo_jax.rollout.prompts import Question
 from hdpo_jax.rollout.scheduler import Sampled
 from hdpo_jax.rollout.strands import Strand
-from hdpo_jax.tools.toolbox import Session
+from hdpo_jax.tools.protocol import TrajectoryTools
 from hdpo_jax.types import StopReason, Trajectory, Turn
 
 
@@ -24,7 +24,7 @@ class Live:
     sampled_logprobs: list[float]
     turns: list[Turn] = field(default_factory=list)
     calls: int = 0
-    session: Session | None = None
+    session: TrajectoryTools | None = None
 
     @classmethod
     def start(cls, question: Question, group: int, sample: int, strand: Strand) -> "Live":

@@ -18,7 +18,7 @@ from hdpo_jax.rollout.packing import require_experts
 from hdpo_jax.rollout.prompts import PromptEncoder
 from hdpo_jax.rollout.scheduler import Round, Scheduler
 from hdpo_jax.rollout.stats import RolloutStats
-from hdpo_jax.tools.toolbox import ToolBox
+from hdpo_jax.tools.protocol import Tools
 from hdpo_jax.types import Prompt, Trajectory
 from models.policy import PolicyModel, PolicyProcessor
 from models.qwen3_vl import Cache
@@ -37,7 +37,7 @@ class Sampler:
         self,
         model: PolicyModel,
         processor: PolicyProcessor,
-        toolbox: ToolBox | None,
+        toolbox: Tools | None,
         *,
         mesh: Mesh,
         agent: AgentConfig,
