@@ -151,8 +151,9 @@ class Sessions:
         opening = {order.trajectory for order in new if not order.opened} - self._trajectories.keys()
         if opening and self.open + len(opening) > self._config.sessions:
             raise Busy(f"{self.open:,} trajectories are open already")
-        if len(self._pending) + len(new) > self._config.queue + self._tools.workers:
-            raise Busy(f"{self.waiting:,} calls are waiting already")
+        room = self._config.queue + self._tools.workers - len(self._pending)
+        if len(new) > room:
+            raise Busy(f"{self.waiting:,} calls are waiting already, and there is room for {max(room, 0):,} more")
         return [self._submit(order) for order in orders]
 
     def finish(self, trajectory: str) -> "asyncio.Future[None] | None":

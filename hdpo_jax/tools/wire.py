@@ -22,7 +22,6 @@ MAX_NAME = 256
 """Characters of a trajectory's id or a call's."""
 FORMATS = {
     "JPEG": "image/jpeg",
-    "MPO": "image/jpeg",  # what phones write: a JPEG with more behind it
     "PNG": "image/png",
     "WEBP": "image/webp",
     "GIF": "image/gif",
@@ -130,7 +129,8 @@ def data_uri(file: bytes) -> str:
     """A prompt's image file as it goes over the wire: as it is, or as PNG where servers would not take it."""
     try:
         with _opened(file) as image:
-            media = FORMATS[image.format or "JPEG"]
+            # What Pillow names otherwise is a kind of JPEG, as phones write it.
+            media = FORMATS.get(image.format or "", FORMATS["JPEG"])
     except ValueError:
         return image_uri(opened(file))
     return f"data:{media};base64,{base64.b64encode(file).decode()}"
