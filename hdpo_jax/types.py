@@ -28,7 +28,7 @@ class StopReason(enum.Enum):
 
 def data_keys(extra: Mapping[str, Any]) -> list[str]:
     """Names under which data sets know a prompt, from what they say of it; the likeliest first."""
-    named = [extra.get(name) for name in ("data_idx", "cache_id", "image_id", "index", "id")]
+    named = [extra.get(name) for name in ("data_idx", "cache_id", "image_id", "index", "id", "image_url")]
     return list(dict.fromkeys(str(name) for name in named if isinstance(name, str | int)))
 
 

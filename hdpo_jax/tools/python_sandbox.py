@@ -128,7 +128,7 @@ class PythonSession:
                     return self._restarted(f"{self._timed_out()} and did not react to an interrupt", timed_out=True)
             answer = self._answer(kernel, token)
         except frames.DeadlineError:
-            return self._restarted(self._timed_out(), timed_out=True)
+            return self._restarted(self._timed_out())
         except frames.FrameError as error:
             return self._restarted(f"The Python process sent {error}")
         except frames.Closed:
