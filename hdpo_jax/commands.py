@@ -20,6 +20,7 @@ from hdpo_jax.config import (
     RolloutConfig,
     SFTConfig,
     ToolsConfig,
+    ToolServerConfig,
 )
 from hdpo_jax.config_files import config_names, load_config, run_settings
 from hdpo_jax.data.signs_config import SignsConfig
@@ -240,6 +241,25 @@ class Serve:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ServeTools:
+    """A tool server: runs the tools of trajectories that are sampled elsewhere (their --tools.servers).
+
+    Beyond this machine, HDPO_TOOLS_TOKEN in the environment is the secret that trainers show.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8700
+    """0 takes a free one."""
+    tools: ToolsConfig = field(default_factory=ToolsConfig)
+    server: ToolServerConfig = field(default_factory=ToolServerConfig)
+
+    def run(self) -> None:
+        from hdpo_jax.tools.server import serve_tools
+
+        serve_tools(self.tools, self.server, host=self.host, port=self.port)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """One self-contained HTML page of a run: curves and a trajectory browser."""
 
@@ -260,6 +280,7 @@ COMMANDS: dict[str, type[Command]] = {
     "import-hf": ImportHF,
     "export-hf": ExportHF,
     "serve": Serve,
+    "serve-tools": ServeTools,
     "report": Report,
 }
 RUNS: dict[str, type[SFTConfig] | type[RLConfig]] = {"sft": SFTConfig, "train": RLConfig, "plan": RLConfig}

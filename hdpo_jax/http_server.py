@@ -9,7 +9,7 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -69,14 +69,19 @@ class Guard:
         body_bytes: int,
         public: Collection[str] = ("/health",),
         unbounded: Collection[str] = ("/health", "/metrics"),
+        on_answer: Callable[[str, int], None] = lambda path, status: None,
     ):
-        """`public`: paths that need no token. `unbounded`: paths that answer however much there is to do."""
+        """`public`: paths that need no token. `unbounded`: paths that answer however much there is to do.
+
+        `on_answer`: hears of the path and the status of every answer, refusals too.
+        """
         self._app = app
         self._token = None if token is None else _digest(token)
         self._requests = requests
         self._body_bytes = body_bytes
         self._public = frozenset(public)
         self._unbounded = frozenset(unbounded)
+        self._on_answer = on_answer
         self._inside = 0
         self._empty = asyncio.Event()
         self._empty.set()
@@ -97,7 +102,17 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
-        elif scope["path"] not in self._public and not self._may(scope):
+            return
+
+        async def heard(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._on_answer(scope["path"], message["status"])
+            await send(message)
+
+        await self._admit(scope, receive, heard)
+
+    async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] not in self._public and not self._may(scope):
             await refuse(send, 401, "a bearer token is needed that fits", {"WWW-Authenticate": "Bearer"})
         elif scope["path"] in self._unbounded:
             await self._app(scope, receive, send)

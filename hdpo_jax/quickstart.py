@@ -23,7 +23,8 @@ from hdpo_jax.evaluate.convert import export_hf
 from hdpo_jax.evaluate.report import write_report
 from hdpo_jax.evaluate.runner import evaluate_policy
 from hdpo_jax.files import write_text_atomically
-from hdpo_jax.tools.toolbox import ToolBox
+from hdpo_jax.tools.protocol import Tools
+from hdpo_jax.tools.toolbox import open_toolbox
 from hdpo_jax.train.compilations import CompilationCounter
 from hdpo_jax.train.loop import RunResult
 from hdpo_jax.train.policy import load_policy, require_one_process
@@ -50,7 +51,7 @@ def run(out: Path, seed: int, tools: ToolsConfig, signs: SignsConfig) -> Mapping
     clock = _Clock(out / "seconds.json")
 
     # What can refuse does so first: nothing is trained before the sandbox is known to work.
-    with ToolBox(tools) as toolbox:
+    with open_toolbox(tools) as toolbox:
         clock.time("data", lambda: _make_task(out, seed, signs, console))
         read, sft, hdpo = _configs(out, seed, tools)
         results = [
@@ -146,7 +147,7 @@ def _trained(result: RunResult, config: SFTConfig | RLConfig) -> RunResult:
 
 
 def _compare(
-    out: Path, sft: SFTConfig, hdpo: RLConfig, toolbox: ToolBox, seed: int
+    out: Path, sft: SFTConfig, hdpo: RLConfig, toolbox: Tools, seed: int
 ) -> tuple[dict[str, dict[str, float]], int]:
     """Held-out results before and after HDPO, and how many programs were compiled after warm-up."""
     compilations = CompilationCounter()

@@ -28,6 +28,12 @@ class StopReason(enum.Enum):
     """The world failed (the tool server was lost): the rollout is masked out of the update."""
 
 
+def data_keys(extra: Mapping[str, Any]) -> list[str]:
+    """Names under which data sets know a prompt, from what they say of it; the likeliest first."""
+    named = [extra.get(name) for name in ("data_idx", "cache_id", "image_id", "index", "id", "image_url")]
+    return list(dict.fromkeys(str(name) for name in named if isinstance(name, str | int)))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
     """One question: chat messages with `<image>` and `<video>` marks resolved to parts, and what is right."""
@@ -49,8 +55,7 @@ class Prompt:
     @property
     def keys(self) -> list[str]:
         """Names under which data sets know it, the likeliest first: caches that come with the data are kept by them."""
-        named = [self.extra.get(name) for name in ("data_idx", "cache_id", "image_id", "index", "id")]
-        return [*dict.fromkeys(str(name) for name in named if isinstance(name, str | int)), self.id]
+        return list(dict.fromkeys([*data_keys(self.extra), self.id]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +76,8 @@ class Observation:
     ok: bool = True
     lost: bool = False
     """The tool's server is gone: the rollout can not be judged and is dropped from the update."""
+    timed_out: bool = False
+    """The call was ended because its time was over."""
 
 
 @dataclass(frozen=True, kw_only=True)

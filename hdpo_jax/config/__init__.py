@@ -16,7 +16,7 @@ from hdpo_jax.config.run import (
     SFTTrainConfig,
     TrainConfig,
 )
-from hdpo_jax.config.tools import ImageSearchConfig, TextSearchConfig, ToolsConfig, WebConfig
+from hdpo_jax.config.tools import ImageSearchConfig, TextSearchConfig, ToolsConfig, ToolServerConfig, WebConfig
 
 __all__ = [
     "AgentConfig",
@@ -35,6 +35,7 @@ __all__ = [
     "SFTConfig",
     "SFTTrainConfig",
     "TextSearchConfig",
+    "ToolServerConfig",
     "ToolsConfig",
     "TrainConfig",
     "WebConfig",

@@ -72,6 +72,10 @@ class ToolsConfig:
     """Addresses of `hdpo serve-tools`, over which trajectories are spread; empty: tools run in this process."""
     on_lost: Literal["observe", "drop"] = "drop"
     """When a tool server dies: the policy reads of an error and goes on, or its rollout is dropped from the update."""
+    lost_seconds: float = 15.0
+    """A tool server that can not be reached for so long is given up, and with it what trajectories had there."""
+    server_seconds: float = 100.0
+    """A call to a tool server, with all that is waited and tried again; shorter than agent.call_seconds."""
     sandbox: Literal["bubblewrap", "none"] = "bubblewrap"
     """What isolates model-written code. "none" runs it with this user's rights: only for code you trust."""
     workers: int = 8
@@ -90,7 +94,41 @@ class ToolsConfig:
     def __post_init__(self):
         at_least(self, "tools", 1, "workers", "memory_mb", "processes", "disk_mb", "output_chars")
         at_least(self, "tools", 0, "max_images")
-        more_than_zero(self, "tools", "timeout_seconds")
+        more_than_zero(self, "tools", "timeout_seconds", "server_seconds")
+        at_least(self, "tools", 0, "lost_seconds")
         for server in self.servers:
             sound = server.startswith(("http://", "https://"))
             require(sound, "tools.servers", server, "addresses such as http://10.0.0.5:8700")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToolServerConfig:
+    """What `hdpo serve-tools` bears. Calls at a time are tools.workers."""
+
+    sessions: int = 4_096
+    """Trajectories open at a time; a new one more is refused with 429."""
+    idle_seconds: float = 600.0
+    """A trajectory without a call for so long is freed."""
+    queue: int = 1_024
+    """Calls that wait for a worker, or for the trajectory's call before; a request with more is refused with 429."""
+    call_seconds: float = 90.0
+    """A call that has not answered by then is given up, and its trajectory starts afresh."""
+    drain_seconds: float = 60.0
+    """How long running calls may take to finish after SIGTERM."""
+    requests: int = 1_024
+    """Requests at a time."""
+    body_mb: int = 64
+    """Of one request."""
+    actions: int = 256
+    """Of one request."""
+    images: int = 16
+    """Of one trajectory's prompt."""
+    image_mb: int = 32
+    """Of one image file."""
+    answers_mb: int = 512
+    """Answers kept for requests that are repeated, of all open trajectories; the oldest go first."""
+
+    def __post_init__(self):
+        at_least(self, "server", 1, "sessions", "requests", "body_mb", "actions", "image_mb")
+        at_least(self, "server", 0, "queue", "images", "drain_seconds", "answers_mb")
+        more_than_zero(self, "server", "idle_seconds", "call_seconds")

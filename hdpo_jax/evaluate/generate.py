@@ -12,7 +12,7 @@ from hdpo_jax.config import AgentConfig, Dtype, ModelConfig, RolloutConfig, Tool
 from hdpo_jax.evaluate.messages import GivenMessages, encode_given, power_of_two, read_conversations
 from hdpo_jax.files import write_text_atomically
 from hdpo_jax.tools.protocol import TOOL_CALL_END, parse_tool_call
-from hdpo_jax.tools.toolbox import ToolBox
+from hdpo_jax.tools.toolbox import open_toolbox
 from hdpo_jax.train.policy import Policy, load_policy
 from hdpo_jax.types import Prompt, ToolCall, Trajectory
 from models.qwen3_vl.images import merge_side
@@ -41,7 +41,7 @@ def generate_file(
     parsed and reported but not run.
     """
     conversations = read_conversations(messages)
-    with ToolBox(tools) if tools else contextlib.nullcontext() as toolbox:
+    with open_toolbox(tools) if tools else contextlib.nullcontext() as toolbox:
         policy = load_policy(ModelConfig(path=str(model), dtype=dtype), MeshAxes())
         rollout = _rollout_for(policy, conversations, max_new_tokens, temperature, with_tools=tools is not None)
         agent = AgentConfig(

@@ -23,7 +23,7 @@ from hdpo_jax.rewards import score_trajectory
 from hdpo_jax.rewards.outcomes import Outcome, outcome, summarise
 from hdpo_jax.rollout.prompts import PromptEncoder
 from hdpo_jax.rollout.sampler import Sampler
-from hdpo_jax.tools.toolbox import ToolBox
+from hdpo_jax.tools.toolbox import open_toolbox
 from hdpo_jax.train.dumps import trajectory_record, write_records
 from hdpo_jax.train.policy import load_policy
 from hdpo_jax.types import Prompt
@@ -54,7 +54,7 @@ def evaluate(
 
     One of `model` (HF directory) and `run_dir` (a training run: its newest checkpoint) says who answers.
     """
-    with ToolBox(tools) as toolbox, _model_directory(model, run_dir) as directory:
+    with open_toolbox(tools) as toolbox, _model_directory(model, run_dir) as directory:
         policy = load_policy(ModelConfig(path=str(directory), dtype=dtype), MeshAxes())
         encode = PromptEncoder(policy.processor, rollout)
         dataset = PromptDataset(data, problem=encode.problem)

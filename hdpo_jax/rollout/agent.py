@@ -17,7 +17,6 @@ import numpy as np
 from jaxtyping import Int
 
 from hdpo_jax.config import AgentConfig, RolloutConfig
-from hdpo_jax.rollout.calls import CallPool, GivenUp
 from hdpo_jax.rollout.engine import Chunk
 from hdpo_jax.rollout.gate import Gate
 from hdpo_jax.rollout.live import Live
@@ -25,8 +24,8 @@ from hdpo_jax.rollout.prompts import count_patches
 from hdpo_jax.rollout.scheduler import Round, Sampled, Scheduler
 from hdpo_jax.rollout.sources import Source
 from hdpo_jax.rollout.strands import Strand
-from hdpo_jax.tools.protocol import TOOL_CALL_START, parse_tool_call
-from hdpo_jax.tools.toolbox import Session, ToolBox
+from hdpo_jax.tools.calls import CallPool, GivenUp
+from hdpo_jax.tools.protocol import TOOL_CALL_START, Tools, TrajectoryTools, parse_tool_call
 from hdpo_jax.types import Observation, StopReason, ToolCall, Trajectory, Turn
 from models.policy import PolicyProcessor
 from models.qwen3_vl import EncodedImage
@@ -65,7 +64,7 @@ class Rollout:
         self,
         scheduler: Scheduler,
         processor: PolicyProcessor,
-        toolbox: ToolBox | None,
+        toolbox: Tools | None,
         *,
         agent: AgentConfig,
         config: RolloutConfig,
@@ -243,7 +242,7 @@ class Rollout:
 
     # Tools
 
-    def _run_call(self, session: Session, call: ToolCall, room: int) -> _Answer:
+    def _run_call(self, session: TrajectoryTools, call: ToolCall, room: int) -> _Answer:
         """In a thread of the pool: the call, and what it answers made ready. `room`: image patches still allowed."""
         return self._answer(session.call(call), room)
 
@@ -343,7 +342,7 @@ def _last(ids: Sequence[int], wanted: Sequence[int], begin: int) -> int | None:
     return next((place for place in places if list(ids[place : place + size]) == wanted), None)
 
 
-def _close(session: Session | None) -> None:
+def _close(session: TrajectoryTools | None) -> None:
     """What a session does not let go of is not its trajectory's concern: that is whole."""
     try:
         if session:

@@ -8,7 +8,7 @@ from hdpo_jax.rollout.prompts import Question
 from hdpo_jax.rollout.scheduler import Sampled
 from hdpo_jax.rollout.sources import Listener
 from hdpo_jax.rollout.strands import Strand
-from hdpo_jax.tools.toolbox import Session
+from hdpo_jax.tools.protocol import TrajectoryTools
 from hdpo_jax.types import StopReason, Trajectory, Turn
 
 
@@ -25,7 +25,7 @@ class Live:
     sampled_logprobs: list[float]
     turns: list[Turn] = field(default_factory=list)
     calls: int = 0
-    session: Session | None = None
+    session: TrajectoryTools | None = None
     listener: Listener | None = None
     call_probabilities: list[float] = field(default_factory=list)
     held_back: bool = False

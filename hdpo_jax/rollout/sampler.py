@@ -20,7 +20,7 @@ from hdpo_jax.rollout.prompts import Intake, PromptEncoder
 from hdpo_jax.rollout.scheduler import Round, Scheduler
 from hdpo_jax.rollout.sources import Batch, Source
 from hdpo_jax.rollout.stats import RolloutStats
-from hdpo_jax.tools.toolbox import ToolBox
+from hdpo_jax.tools.protocol import Tools
 from hdpo_jax.types import Prompt, Trajectory
 from models.policy import PolicyModel, PolicyProcessor
 from models.qwen3_vl import Cache
@@ -39,7 +39,7 @@ class Sampler:
         self,
         model: PolicyModel,
         processor: PolicyProcessor,
-        toolbox: ToolBox | None,
+        toolbox: Tools | None,
         *,
         mesh: Mesh,
         agent: AgentConfig,

@@ -11,7 +11,7 @@ from hdpo_jax.http_server import Guard, bearer_token, serve
 from hdpo_jax.serve.openai_api import make_app
 from hdpo_jax.serve.service import Service
 from hdpo_jax.tools.system_prompt import system_prompt
-from hdpo_jax.tools.toolbox import ToolBox
+from hdpo_jax.tools.toolbox import open_toolbox
 from hdpo_jax.train.policy import load_policy
 from sharding.mesh import MeshAxes
 
@@ -38,7 +38,7 @@ def run_server(
     """Serves until SIGTERM or Ctrl-C. Raises what ended the engine, where that was not asked for."""
     token = bearer_token(TOKEN, host)
     console = Console(stderr=True)
-    with ToolBox(tools) if agent_loop else contextlib.nullcontext() as toolbox:
+    with open_toolbox(tools) if agent_loop else contextlib.nullcontext() as toolbox:
         with console.status(f"loading {model}"):
             policy = load_policy(ModelConfig(path=str(model), dtype=dtype, param_dtype=dtype), mesh)
         service = Service(policy, toolbox, agent=agent, rollout=rollout, seed=seed, waiting=waiting)

@@ -14,7 +14,7 @@ from hdpo_jax.config import AgentConfig, RolloutConfig
 from hdpo_jax.rollout.agent import Rollout
 from hdpo_jax.rollout.prompts import PromptEncoder, Question
 from hdpo_jax.rollout.sources import Member, Opening
-from hdpo_jax.tools.toolbox import ToolBox
+from hdpo_jax.tools.protocol import Tools
 from hdpo_jax.train.policy import Policy
 from hdpo_jax.types import Prompt, Trajectory
 
@@ -85,7 +85,7 @@ class Service:
     def __init__(
         self,
         policy: Policy,
-        toolbox: ToolBox | None,
+        toolbox: Tools | None,
         *,
         agent: AgentConfig,
         rollout: RolloutConfig,

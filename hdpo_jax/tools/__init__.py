@@ -1,7 +1,7 @@
 """Tools that the policy calls: the protocol, and a sandboxed Python interpreter."""
 
 from hdpo_jax.tools.protocol import ALIASES, SCHEMAS, Subject, Tool, ToolSession, argument_error, parse_tool_call
-from hdpo_jax.tools.toolbox import Session, ToolBox
+from hdpo_jax.tools.toolbox import Session, ToolBox, open_toolbox
 
 __all__ = [
     "ALIASES",
@@ -12,5 +12,6 @@ __all__ = [
     "ToolBox",
     "ToolSession",
     "argument_error",
+    "open_toolbox",
     "parse_tool_call",
 ]

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any, Protocol
 
 from jsonschema import Draft202012Validator, ValidationError
@@ -83,6 +84,44 @@ class Tool(Protocol):
     def open(self, subject: Subject) -> ToolSession: ...
 
     def close(self) -> None: ...
+
+
+class TrajectoryTools(Protocol):
+    """All tools as one trajectory sees them."""
+
+    def call(self, call: ToolCall, /) -> Observation:
+        """Answers any call; what is wrong with it is in the text. Calls come one at a time."""
+        ...
+
+    def close(self) -> None:
+        """Frees all that the trajectory holds."""
+        ...
+
+
+class Tools(Protocol):
+    """The tools of a run: in this process, or on servers."""
+
+    @property
+    def workers(self) -> int:
+        """Calls that may run at a time."""
+        ...
+
+    @property
+    def schemas(self) -> Sequence[Schema]:
+        """As a chat template's system prompt takes them."""
+        ...
+
+    def session(self, images: Sequence[bytes], keys: Sequence[str] = ()) -> TrajectoryTools:
+        """One trajectory's tools. `images`: the prompt's original files. `keys`: names that data sets have for it."""
+        ...
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> "Tools": ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
 
 
 _CALLS = re.compile(f"{TOOL_CALL_START}(.*?)(?:{TOOL_CALL_END}|$)", re.DOTALL)

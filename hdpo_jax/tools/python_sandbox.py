@@ -125,7 +125,7 @@ class PythonSession:
                 late = True
                 self._server.interrupt(kernel)
                 if not frames.arrives(kernel.connection, time.monotonic() + INTERRUPT_SECONDS):
-                    return self._restarted(f"{self._timed_out()} and did not react to an interrupt")
+                    return self._restarted(f"{self._timed_out()} and did not react to an interrupt", timed_out=True)
             answer = self._answer(kernel, token)
         except frames.DeadlineError:
             return self._restarted(self._timed_out())
@@ -137,7 +137,7 @@ class PythonSession:
         if not late or answer.ok:
             return answer
         note = f"[{self._timed_out()} and was interrupted. Variables are kept.]"
-        return Observation(text=_lines(answer.text, note), images=answer.images, ok=False)
+        return Observation(text=_lines(answer.text, note), images=answer.images, ok=False, timed_out=True)
 
     def _answer(self, kernel: Kernel, token: bytes) -> Observation:
         """Reads one answer: bytes that model-written code may have forged, so every number is checked."""
@@ -166,11 +166,11 @@ class PythonSession:
     def _timed_out(self) -> str:
         return f"The code ran longer than {self._config.timeout_seconds:g} s"
 
-    def _restarted(self, reason: str) -> Observation:
+    def _restarted(self, reason: str, *, timed_out: bool = False) -> Observation:
         """Kills the session; the next call opens another."""
         if self._end() is None:
             return self._server_lost()
-        return Observation(text=f"[{reason}. {self._state_lost()}]", ok=False)
+        return Observation(text=f"[{reason}. {self._state_lost()}]", ok=False, timed_out=timed_out)
 
     def _ended(self) -> Observation:
         """The process is gone: says why, and whose fault it is."""

@@ -7,13 +7,26 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 
 from hdpo_jax.config import ConfigError, ToolsConfig
-from hdpo_jax.tools.protocol import Schema, Subject, Tool, ToolSession, argument_error
+from hdpo_jax.tools.protocol import Schema, Subject, Tool, Tools, ToolSession, argument_error
 from hdpo_jax.tools.python_sandbox import PythonTool
 from hdpo_jax.types import Observation, ToolCall
 
 TOOLS = {"python": PythonTool}
 
 logger = logging.getLogger(__name__)
+
+
+def open_toolbox(config: ToolsConfig) -> Tools:
+    """The tools of a run: on the servers that the configuration names, or in this process where it names none.
+
+    Raises ConfigError, one line, when they do not work.
+    """
+    if not config.servers:
+        return ToolBox(config)
+    # Only those who use servers wait for it.
+    from hdpo_jax.tools.client import RemoteToolBox
+
+    return RemoteToolBox(config)
 
 
 class ToolBox:

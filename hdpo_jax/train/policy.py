@@ -14,7 +14,7 @@ from hdpo_jax.config import AgentConfig, ConfigError, ModelConfig, RolloutConfig
 from hdpo_jax.rollout.gate import Gate
 from hdpo_jax.rollout.prompts import PromptEncoder
 from hdpo_jax.rollout.sampler import Sampler
-from hdpo_jax.tools.toolbox import ToolBox
+from hdpo_jax.tools.protocol import Tools
 from models.families import load_hf, read_processor
 from models.policy import PolicyModel, PolicyProcessor
 from sharding import multihost
@@ -34,7 +34,7 @@ class Policy:
 
     def sampler(
         self,
-        toolbox: ToolBox | None,
+        toolbox: Tools | None,
         *,
         agent: AgentConfig,
         rollout: RolloutConfig,

@@ -12,7 +12,7 @@ from hdpo_jax.rewards.outcomes import Outcome, outcome, summarise
 from hdpo_jax.rollout.ahead import Ahead
 from hdpo_jax.rollout.prompts import PromptEncoder
 from hdpo_jax.rollout.stats import RolloutStats
-from hdpo_jax.tools.toolbox import ToolBox
+from hdpo_jax.tools.toolbox import open_toolbox
 from hdpo_jax.train.dumps import record_line, rollouts_path, trajectory_record, write_lines
 from hdpo_jax.train.iteration import Iteration, make_iteration
 from hdpo_jax.train.loop import RunResult, host_batches, train
@@ -27,7 +27,7 @@ FIGURES = {"reward/correct": "right", "tools/rate": "tool use", "loss/total": "l
 def train_rl(config: RLConfig, *, title: str = "hdpo") -> RunResult:
     """Runs, or goes on with, the reinforcement-learning run that `config` describes."""
     # First what can refuse at once: a missing sandbox should not be found after the model is loaded.
-    with ToolBox(config.tools) as toolbox, ExitStack() as stack:
+    with open_toolbox(config.tools) as toolbox, ExitStack() as stack:
         policy = load_policy(config.model, config.mesh, together=True)
         encode = PromptEncoder(policy.processor, config.rollout, cache_mb=config.data.cache_mb)
         sampler = policy.sampler(

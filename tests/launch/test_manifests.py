@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import yaml
 
-from hdpo_jax.commands import COMMANDS
+from hdpo_jax.commands import ServeTools
 from hdpo_jax.config import RLConfig
+from hdpo_jax.tools.wire import TOKEN
 from tests.launch.manifests import GKE, ROOT, SETTINGS, Manifest, containers, load_all, pod, problems, render, title
 from tests.launch.runs import devices_of_mesh, parse
 
@@ -24,8 +25,6 @@ JOBSETS = [manifest for manifest in MANIFESTS if manifest["kind"] == "JobSet"]
 DEVICES_A_CHIP = {"tpu-v5p-slice": 1, "tpu-v6e-slice": 1, "tpu7x": 2}
 """What JAX shows of one chip: v5p joins its two cores to one device, TPU7x does not."""
 ACCELERATOR, TOPOLOGY = "cloud.google.com/gke-tpu-accelerator", "cloud.google.com/gke-tpu-topology"
-AWAITED = {"serve-tools"}
-"""Commands that manifests state and hdpo does not have yet."""
 
 
 def only(kind: str, name: str) -> Manifest:
@@ -261,16 +260,34 @@ def test_tool_server_shuts_model_written_code_in():
     assert only("Service", "tool-server")["spec"]["sessionAffinity"] == "ClientIP"
 
 
-def test_awaited_commands_are_said_to_be():
-    """A command that comes to hdpo leaves this list, and what the documents say of it changes."""
-    stated = {
-        container(manifest)["args"][0]
-        for manifest in MANIFESTS
-        if pod(manifest) and SETTINGS["IMAGE"] in container(manifest)["image"]
-    }
-    assert stated - {"train"} - set(COMMANDS) == AWAITED
-    for command in AWAITED:
-        assert re.search(rf"`hdpo {command}` is not there yet", LAUNCH_README)
+def test_every_command_line_is_one_of_hdpo():
+    for manifest in MANIFESTS:
+        if pod(manifest) and SETTINGS["IMAGE"] in container(manifest)["image"]:
+            parse(container(manifest)["args"])
+
+
+def test_tool_servers_and_trainers_share_a_token_and_an_address():
+    deployment, service = only("Deployment", "tool-server"), only("Service", "tool-server")
+    server = container(deployment)
+    command = parse(server["args"])
+    assert isinstance(command, ServeTools)
+    assert [command.port] == [port["containerPort"] for port in server["ports"]]
+    assert command.server.drain_seconds < pod(deployment)["terminationGracePeriodSeconds"]
+    assert server["readinessProbe"]["httpGet"]["path"] == "/health"
+    # Beyond loopback it does not start without one.
+    references = [
+        variable["valueFrom"]["secretKeyRef"]
+        for manifest in (deployment, *JOBSETS)
+        for variable in container(manifest)["env"]
+        if variable["name"] == TOKEN
+    ]
+    assert len(references) == 1 + len(JOBSETS)
+    assert {(one["name"], one["key"]) for one in references} == {("tool-server", "token")}
+    metadata = service["metadata"]
+    (address,) = set(re.findall(r"--tools\.servers=(\S+?)`", LAUNCH_README))
+    assert address == f"http://{metadata['name']}.{metadata['namespace']}"
+    (port,) = service["spec"]["ports"]
+    assert port["port"] == 80
 
 
 def test_every_secret_is_made_by_a_stated_command():

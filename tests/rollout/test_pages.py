@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from hdpo_jax.config import RolloutConfig
-from hdpo_jax.rollout.calls import CallPool, GivenUp
 from hdpo_jax.rollout.pages import PagePool
 from hdpo_jax.rollout.strands import Strand
+from hdpo_jax.tools.calls import CallPool, GivenUp
 from models.qwen3_vl import EncodedImage
 from models.qwen3_vl.images import mrope_positions
 from tests.models.oracles import IMAGE, oracle

@@ -57,5 +57,5 @@ if __name__ == "__main__":
     from hdpo_jax.train import policy
 
     CALLS = Path(sys.argv[2]).with_name("calls")
-    policy.read_processor, rl.ToolBox = read_chatty_processor, Counting
+    policy.read_processor, rl.open_toolbox = read_chatty_processor, Counting
     sys.exit(main())
