@@ -25,6 +25,7 @@ from hdpo_jax.rollout.prompts import Intake, PromptEncoder, count_patches
 from hdpo_jax.rollout.scheduler import Round, Sampled, Scheduler
 from hdpo_jax.rollout.strands import Strand
 from hdpo_jax.tools.protocol import parse_tool_call
+from hdpo_jax.tools.results import error_in_words
 from hdpo_jax.tools.toolbox import Session, ToolBox
 from hdpo_jax.types import Observation, Prompt, StopReason, ToolCall, Trajectory, Turn
 from models.policy import PolicyProcessor
@@ -36,8 +37,6 @@ MOMENT = 0.02
 """Seconds that a process waits for its tools, at most, while others may be able to decode."""
 PATIENCE = 5.0
 """Seconds that an interrupted rollout waits for its sessions to end; what is left of them ends with the process."""
-LONGEST_ERROR = 500
-"""Characters of what a tool raised that the policy gets to see."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,7 +217,7 @@ class Rollout:
             threading.Thread(target=_close, args=(session,), daemon=True).start()
             said = f"it did not answer within {self._agent.call_seconds:g} s; its state is lost"
         else:
-            said = _in_words(error)
+            said = error_in_words(error)
         log.warning("a tool call failed: %s", said)
         return self._answer(Observation(text=f"[The tool failed: {said}]", ok=False), room=0)
 
@@ -295,13 +294,4 @@ def _close(session: Session | None) -> None:
         if session:
             session.close()
     except Exception as error:
-        log.warning("a tool's session did not close: %s", _in_words(error))
-
-
-def _in_words(error: BaseException) -> str:
-    """What an error says, as text that can be tokenized, whatever a tool raised."""
-    try:
-        said = str(error)
-    except Exception:
-        said = "it does not say why"
-    return f"{type(error).__name__}: {said}".encode("utf-8", "replace").decode()[:LONGEST_ERROR]
+        log.warning("a tool's session did not close: %s", error_in_words(error))
