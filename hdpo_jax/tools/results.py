@@ -58,7 +58,9 @@ def decoded_image(data: bytes) -> Image.Image:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_size(image)
-        return opened(data)
+        image = opened(data)
+        image.load()  # now, where its errors are told in words
+        return image
     except UnidentifiedImageError:
         raise ValueError(f"expected a file of type {', '.join(FORMATS)}") from None
     except Image.DecompressionBombError:
@@ -86,7 +88,10 @@ def _reduced(image: Image.Image) -> Image.Image:
     if pixels <= MAX_PIXELS:
         return image.copy()
     scale = (MAX_PIXELS / pixels) ** 0.5
-    return image.resize((max(1, int(image.width * scale)), max(1, int(image.height * scale))), reducing_gap=2.0)
+    # A side can not be less than 1, so the other one has to be bounded by itself.
+    width = min(max(1, int(image.width * scale)), MAX_PIXELS)
+    height = min(max(1, int(image.height * scale)), MAX_PIXELS // width)
+    return image.resize((width, height), reducing_gap=2.0)
 
 
 def _check_size(image: Image.Image) -> None:

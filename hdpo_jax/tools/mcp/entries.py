@@ -57,8 +57,9 @@ def parse(text: str) -> Entry:
     if not words[0].startswith(("http://", "https://")):
         return Entry(label=" ".join(words)[:80], command=words, variables=variables)
     url = words[0]
-    host = urlsplit(url).hostname
-    label = f"{url.partition('://')[0]}://{host}{urlsplit(url).path}"[:80]
+    parts = urlsplit(url)
+    host = parts.netloc.rpartition("@")[2]
+    label = f"{parts.scheme}://{host}{parts.path}"[:80]
     if not host or len(words) > 1 or {*variables} - {"TOKEN"}:
         raise ConfigError(
             f"tools.mcp: {label} comes with more than an address; expected [TOKEN=$NAME] http://host/path"

@@ -122,7 +122,8 @@ class McpTool:
             answer.cancel()
             return self._failed(f"it did not answer within {seconds:g} s")
         except ServerDown as error:
-            return Observation(text=f"[The MCP server {self._server.label} is not available: {error}]", ok=False)
+            logger.warning("the MCP server %s is down: %s", self._server.label, error)
+            return self._failed(f"its server is down: {error}")
         except MCPError as error:
             return self._failed(error.message)
         except ValidationError:

@@ -54,6 +54,10 @@ async def process(command: Sequence[str], environment: Mapping[str, str], on_end
             on_end(f"it sent a message of more than {MAX_MESSAGE >> 20} MiB")
         except (anyio.IncompleteRead, anyio.EndOfStream, anyio.ClosedResourceError, anyio.BrokenResourceError):
             on_end(await _cause(server, said))
+        # A pipe that nobody reads from is never closed.
+        with suppress(anyio.EndOfStream, anyio.ClosedResourceError, anyio.BrokenResourceError):
+            while True:
+                await server.stdout.receive()
 
     async def write() -> None:
         assert server.stdin
@@ -142,19 +146,15 @@ async def _cause(server: Process, said: bytearray) -> str:
 
 async def _end(server: Process) -> None:
     """Closes its input, and kills what is left of its session a while later."""
-    assert server.stdin and server.stdout and server.stderr
+    assert server.stdin
     with suppress(OSError, anyio.BrokenResourceError, anyio.ClosedResourceError):
         await server.stdin.aclose()
     with anyio.move_on_after(EXIT_SECONDS):
-        # Not `wait`, which also waits for those that have inherited its output.
+        # Not `wait`, which waits for all that have inherited its output, too.
         while server.returncode is None:
             await anyio.sleep(0.01)
     await terminate_posix_process_tree(server, EXIT_SECONDS)
     with suppress(ProcessLookupError):
         os.killpg(server.pid, signal.SIGKILL)
     with anyio.move_on_after(EXIT_SECONDS):
-        while server.returncode is None:
-            await anyio.sleep(0.01)
-    for stream in (server.stdout, server.stderr):
-        with suppress(OSError, anyio.BrokenResourceError, anyio.ClosedResourceError):
-            await stream.aclose()
+        await server.wait()
