@@ -111,14 +111,15 @@ class Generate:
     def run(self) -> None:
         from hdpo_jax.evaluate.generate import generate_file
 
-        names = tuple(self.tools.split(","))
+        names = () if self.tools == "none" else tuple(self.tools.split(","))
+        tools = replace(self.tool_settings, names=names)
         generate_file(
             self.model,
             self.messages,
             self.output,
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
-            tools=None if names == ("none",) else replace(self.tool_settings, names=names),
+            tools=tools if names or tools.functions or tools.mcp else None,
             seed=self.seed,
             dtype=self.dtype,
         )

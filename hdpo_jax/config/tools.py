@@ -61,10 +61,12 @@ class ToolsConfig:
     names: tuple[str, ...] = ("python",)
     """Of the built-in ones: python, text_search, image_search."""
     functions: tuple[str, ...] = ()
-    """More tools: Python functions as module:function, with type hints and a docstring. They run in this process, with
-    all its rights, and get what the policy wrote."""
+    """More tools: Python functions as module:function or file.py:function, with type hints and a docstring. They run in
+    this process, with all its rights, and get what the policy wrote."""
     mcp: tuple[str, ...] = ()
-    """More tools: those of MCP servers, each a web address or a command line that is started."""
+    """More tools: those of MCP servers, each a web address or a command line that is started. Of the environment, a
+    started server gets PATH, HOME, LANG and what is put before it, as in "KEY=$MY_KEY uvx some-server"; an address gets
+    a bearer token, as in "TOKEN=$MY_TOKEN https://host/mcp"."""
     refuse_repeats: tuple[str, ...] = ("image_search",)
     """Tools that a trajectory may not call twice with the same arguments: the second time there is a note. "all": every
     tool."""

@@ -26,6 +26,7 @@ from hdpo_jax.rollout.sources import Source
 from hdpo_jax.rollout.strands import Strand
 from hdpo_jax.tools.calls import CallPool, GivenUp
 from hdpo_jax.tools.protocol import TOOL_CALL_START, Tools, TrajectoryTools, parse_tool_call
+from hdpo_jax.tools.results import error_in_words
 from hdpo_jax.types import Observation, StopReason, ToolCall, Trajectory, Turn
 from models.policy import PolicyProcessor
 from models.qwen3_vl import EncodedImage
@@ -38,8 +39,6 @@ PATIENCE = 5.0
 """Seconds that an interrupted rollout waits for its sessions to end; what is left of them ends with the process."""
 ANSWER_START = "<answer>"
 """What is written in place of a call that is not sent."""
-LONGEST_ERROR = 500
-"""Characters of what a tool raised that the policy gets to see."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,7 +263,7 @@ class Rollout:
             self._end_session_later(live)
             said = f"it did not answer within {self._agent.call_seconds:g} s; its state is lost"
         else:
-            said = _in_words(error)
+            said = error_in_words(error)
         log.warning("a tool call failed: %s", said)
         return self._answer(Observation(text=f"[The tool failed: {said}]", ok=False), room=0)
 
@@ -348,13 +347,4 @@ def _close(session: TrajectoryTools | None) -> None:
         if session:
             session.close()
     except Exception as error:
-        log.warning("a tool's session did not close: %s", _in_words(error))
-
-
-def _in_words(error: BaseException) -> str:
-    """What an error says, as text that can be tokenized, whatever a tool raised."""
-    try:
-        said = str(error)
-    except Exception:
-        said = "it does not say why"
-    return f"{type(error).__name__}: {said}".encode("utf-8", "replace").decode()[:LONGEST_ERROR]
+        log.warning("a tool's session did not close: %s", error_in_words(error))

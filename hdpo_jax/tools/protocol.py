@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from jsonschema import Draft202012Validator, ValidationError
 from jsonschema.exceptions import best_match
@@ -177,9 +177,9 @@ def _misfit(error: ValidationError, parameters: Mapping[str, Any]) -> str:
             return f"argument `{place[1:]}` is {_kind(given)}; expected {_KINDS.get(str(expected), expected)}"
         return f"argument `{place[1:]}`: {error.message[:200]}"
     if error.validator == "required":
-        missing = next(key for key in parameters["required"] if key not in given)
+        missing = next(key for key in cast(Sequence[str], error.validator_value) if key not in given)
         return f"argument `{missing}` is missing; expected {everything}"
-    if error.validator == "additionalProperties":
+    if error.validator == "additionalProperties" and error.schema is parameters:
         unknown = next(key for key in given if key not in properties)
         return f"unknown argument `{unknown[:50]}`; expected {everything}"
     return f"{error.message[:200]}; expected {everything}"

@@ -21,13 +21,13 @@ from hdpo_jax.tools.fork_server import ForkServer, Kernel, ServerLost
 from hdpo_jax.tools.kernel import frames
 from hdpo_jax.tools.kernel.pictures import MAX_PIXELS
 from hdpo_jax.tools.protocol import PYTHON_SCHEMA, Subject
+from hdpo_jax.tools.results import NO_OUTPUT
 from hdpo_jax.types import Observation
 
 INTERRUPT_SECONDS = 1.0
 """How long interrupted code may take to give up before its session is killed."""
 TRANSFER_SECONDS = 10.0
 """How long an answer may take from its first byte to its last."""
-NO_OUTPUT = "(no output)"
 
 logger = logging.getLogger(__name__)
 

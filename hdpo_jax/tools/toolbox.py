@@ -1,13 +1,16 @@
 """The tools of a run, and a trajectory's view of them."""
 
+import hashlib
 import json
 import logging
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from types import TracebackType
 
 from hdpo_jax.config import ConfigError, ToolsConfig
-from hdpo_jax.tools.protocol import Schema, Subject, Tool, Tools, ToolSession, argument_error
+from hdpo_jax.tools.functions import FunctionTool
+from hdpo_jax.tools.protocol import ALIASES, SCHEMAS, Schema, Subject, Tool, Tools, ToolSession, argument_error
 from hdpo_jax.tools.python_sandbox import PythonTool
 from hdpo_jax.types import Observation, ToolCall
 
@@ -30,25 +33,50 @@ def open_toolbox(config: ToolsConfig) -> Tools:
 
 
 class ToolBox:
-    """Opens the tools that the configuration names; closes them, and all sessions, at the end.
+    """Opens the tools that the configuration names: built-in ones, functions, those of MCP servers. Closes them, and
+    all sessions, at the end.
 
-    Raises ConfigError, one line, when a tool is unknown or does not work on this machine.
+    Raises ConfigError, one line, when a tool is unknown, does not work on this machine or has another's name.
     """
 
     def __init__(self, config: ToolsConfig):
         self.workers = config.workers
         """Calls that may run at a time."""
-        self._refuse_repeats = config.refuse_repeats
         self._tools: dict[str, Tool] = {}
-        unknown = [name for name in config.names if name not in TOOLS]
-        if unknown:
-            raise ConfigError(f"tools.names holds {unknown[0]!r}; expected names among {', '.join(TOOLS)}")
+        self._opened = ExitStack()
         try:
-            for name in config.names:
-                self._tools[name] = TOOLS[name](config)
+            self._open(config)
+            self._refuse_repeats = _known([*SCHEMAS, *self._tools, "all"], config.refuse_repeats)
         except BaseException:
             self.close()
             raise
+
+    def _open(self, config: ToolsConfig) -> None:
+        unknown = [name for name in config.names if name not in TOOLS]
+        if unknown:
+            raise ConfigError(f"tools.names holds {unknown[0]!r}; expected names among {', '.join(TOOLS)}")
+        for name in config.names:
+            self._add(TOOLS[name](config), "tools.names")
+        for path in config.functions:
+            self._add(FunctionTool(path, config), f"tools.functions: {path}")
+        if config.mcp:
+            from hdpo_jax.tools.mcp import McpServers  # takes seconds, and few runs need it
+
+            servers = McpServers(config)
+            self._opened.callback(servers.close)
+            for tool in servers.tools:
+                self._add(tool, f"tools.mcp: {tool.server}")
+
+    def _add(self, tool: Tool, origin: str) -> None:
+        self._opened.callback(tool.close)
+        if tool.name in ALIASES:
+            taken = f"which is short for {ALIASES[tool.name]}"
+        elif tool.name in self._tools:
+            taken = "and so does another tool"
+        else:
+            self._tools[tool.name] = tool
+            return
+        raise ConfigError(f"{origin} has the name {tool.name!r}, {taken}; expected a name for each tool")
 
     @property
     def schemas(self) -> list[Schema]:
@@ -67,8 +95,7 @@ class ToolBox:
         return Session(self._tools, Subject(images=images, keys=keys), self._refuse_repeats)
 
     def close(self) -> None:
-        for tool in self._tools.values():
-            tool.close()
+        self._opened.close()
 
     def __enter__(self) -> "ToolBox":
         return self
@@ -86,8 +113,9 @@ class Session:
         """`refuse_repeats`: tools that answer the same arguments once, "all" among them for every tool."""
         self._tools = tools
         self._subject = subject
-        self._refuse_repeats = refuse_repeats
-        self._answered: set[str] = set()
+        self._refuse_repeats = frozenset(refuse_repeats)
+        self._asked: set[bytes] = set()
+        """Digests of calls that were answered, or are about to be."""
         self._open: dict[str, ToolSession] = {}
         self._closed = False
         self._lock = threading.Lock()
@@ -103,35 +131,37 @@ class Session:
         problem = argument_error(tool.schema, call.arguments)
         if problem is not None:
             return Observation(text=problem, ok=False)
-        request = json.dumps([call.name, call.arguments], sort_keys=True)
-        if request in self._answered:
-            return Observation(text=f"[{call.name} was already called with these arguments: see above.]", ok=False)
-        observation = self._run(tool, call)
-        if observation.ok and ({"all", call.name} & {*self._refuse_repeats}):
-            self._answered.add(request)
-        return observation
-
-    def _run(self, tool: Tool, call: ToolCall) -> Observation:
-        # A call may still stand in line when its trajectory is given up: it must not start a kernel for nobody.
-        with self._lock:
-            if self._closed:
-                return Observation(text="The trajectory has ended.", ok=False, lost=True)
-            if call.name not in self._open:
-                self._open[call.name] = tool.open(self._subject)
-            session = self._open[call.name]
+        request = _digest(call) if {"all", call.name} & self._refuse_repeats else None
         try:
-            return session.call(call.arguments)
+            with self._lock:
+                # A call may still stand in line when its trajectory is given up: it must not start a kernel for nobody.
+                if self._closed:
+                    return Observation(text="The trajectory has ended.", ok=False, lost=True)
+                if request in self._asked:
+                    note = f"[{call.name} was already called with these arguments: see above.]"
+                    return Observation(text=note, ok=False)
+                if call.name not in self._open:
+                    self._open[call.name] = tool.open(self._subject)
+                session = self._open[call.name]
+                if request is not None:
+                    self._asked.add(request)
+            observation = session.call(call.arguments)
         except Exception:
             # An error like any other to the policy; the log has the traceback for whoever wrote the tool.
             logger.exception("the %s tool failed", call.name)
-            return Observation(text=f"The {call.name} tool failed.", ok=False)
+            observation = Observation(text=f"The {call.name} tool failed.", ok=False)
+        if request is not None and not observation.ok:
+            # What failed may be tried again.
+            with self._lock:
+                self._asked.discard(request)
+        return observation
 
     def close(self) -> None:
         """Frees what the trajectory's tools hold, and ends every process that its code started."""
-        with self._lock:
+        with self._lock, ExitStack() as stack:
             self._closed = True
             for session in self._open.values():
-                session.close()
+                stack.callback(session.close)
             self._open.clear()
 
     def __enter__(self) -> "Session":
@@ -141,3 +171,19 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _known(names: Sequence[str], asked: Sequence[str]) -> list[str]:
+    """What `tools.refuse_repeats` names, in the tools' own names. Raises ConfigError for a name that no tool has."""
+    found = [ALIASES.get(name, name) for name in asked]
+    unknown = [name for name in found if name not in names]
+    if unknown:
+        known = ", ".join(dict.fromkeys(names))
+        raise ConfigError(f"tools.refuse_repeats holds {unknown[0]!r}; expected names among {known}")
+    return found
+
+
+def _digest(call: ToolCall) -> bytes:
+    """The same for calls that say the same; short, since arguments may be long."""
+    said = json.dumps([call.name, dict(call.arguments)], sort_keys=True, default=repr)
+    return hashlib.sha256(said.encode()).digest()

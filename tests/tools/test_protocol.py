@@ -76,3 +76,17 @@ def test_nested_arguments_are_named_by_their_place():
     said = argument_error(schema, {"lines": [{"x": 1.5}, {"x": "far"}]})
     assert said == "draw: argument `lines[1].x` is a string; expected a number."
     assert argument_error(schema, {}) == "draw: argument `lines` is missing; expected `lines` (array)."
+
+
+def test_arguments_that_fit_no_alternative_are_told_so():
+    """What is missing is missing of an alternative, not of the whole."""
+    either = [{"required": ["a"]}, {"required": ["b"]}, {"properties": {"c": {}}, "additionalProperties": False}]
+    parameters = {"type": "object", "properties": {"a": {}, "b": {}, "d": {}}, "anyOf": either}
+    schema = {"type": "function", "function": {"name": "pick", "parameters": parameters}}
+    assert argument_error(schema, {"b": 1}) is None
+    assert str(argument_error(schema, {"d": 1})).startswith("pick: ")
+    parameters["anyOf"] = either[:1]
+    said = argument_error(schema, {"d": 1})
+    assert said == "pick: argument `a` is missing; expected `a` (any), `b` (any), `d` (any)."
+    parameters["anyOf"] = either[2:]
+    assert "('d' was unexpected)" in str(argument_error(schema, {"d": 1}))

@@ -1,0 +1,3 @@
+"""Can not be imported."""
+
+raise RuntimeError("no luck\ntoday")
