@@ -48,6 +48,16 @@ class Prompt:
         named = [self.extra.get(name) for name in ("data_idx", "cache_id", "image_id", "index", "id")]
         return [*dict.fromkeys(str(name) for name in named if isinstance(name, str | int)), self.id]
 
+    def said_by(self, role: str) -> str:
+        """What `role` says, all its messages; an image part shows as <image>, a video part as <video>."""
+        contents = [message["content"] for message in self.messages if message["role"] == role]
+        return "\n\n".join(
+            content
+            if isinstance(content, str)
+            else "".join(part["text"] if part["type"] == "text" else f"<{part['type']}>" for part in content)
+            for content in contents
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class ToolCall:
