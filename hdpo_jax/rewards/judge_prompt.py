@@ -69,17 +69,16 @@ FORMS = (
 
 def messages(claim: Claim, form: Form, *, code: str, max_chars: int) -> list[dict[str, str]]:
     """The conversation that asks about a claim."""
-    prediction, truths = claim.prediction, "\n".join(map(quoted, claim.truths))
+    prediction = _head(claim.prediction, max_chars)
     shown = {
         "question": quoted(_shortened(claim.question)),
-        "ground_truths": truths,
-        "prediction": quoted(prediction[:max_chars]),
+        "ground_truths": "\n".join(map(quoted, claim.truths)),
+        "prediction": quoted(prediction),
     }
     parts = [f"<{part}_{code}>\n{shown[part]}\n</{part}_{code}>" for part in form.order]
-    if len(prediction) > max_chars:
-        parts.append(
-            f"(The prediction has {len(prediction):,} characters, of which the first {max_chars:,} are shown.)"
-        )
+    whole = len(claim.prediction)
+    if len(prediction) < whole:
+        parts.append(f"(The prediction has {whole:,} characters, of which the first {len(prediction):,} are shown.)")
     return [
         {"role": "system", "content": form.rules.format(code=code)},
         {"role": "user", "content": "\n\n".join([*parts, form.closing])},
@@ -174,6 +173,14 @@ def _is_unseen(letter: str) -> bool:
 def _escape(letter: str) -> str:
     units = letter.encode("utf-16-be", "surrogatepass")
     return "".join(f"\\u{high:02x}{low:02x}" for high, low in zip(units[::2], units[1::2], strict=True))
+
+
+def _head(prediction: str, max_chars: int) -> str:
+    """As much as is shown: what has to be escaped must not push the rest of the prompt out of a judge's sight."""
+    head = prediction[:max_chars]
+    while len(quoted(head)) > 2 * max_chars + 2:
+        head = head[: len(head) // 2]
+    return head
 
 
 def _shortened(question: str) -> str:
