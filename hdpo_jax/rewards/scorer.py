@@ -3,13 +3,15 @@
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-from hdpo_jax.config import RewardsConfig
+from hdpo_jax.config import JudgeConfig, RewardsConfig
 from hdpo_jax.rewards.custom import custom_reward, custom_verifier
-from hdpo_jax.rewards.judge import Judge
 from hdpo_jax.rewards.verdict import Verdict, Verifier, VerifierOutage, by_rules, score_trajectory
 from hdpo_jax.types import Trajectory
+
+if TYPE_CHECKING:
+    from hdpo_jax.rewards.judge import Judge
 
 
 class Scorer:
@@ -23,14 +25,14 @@ class Scorer:
         self._config = config
         self._function = custom_reward(config.function) if config.function else None
         own = {name: custom_verifier(name) for name in config.verifiers if name not in ("rules", "judge")}
-        self.judge = Judge(config.judge) if "judge" in config.verifiers else None
         known: dict[str, Verifier] = {"rules": by_rules, **own}
-        if self.judge is not None:
-            known["judge"] = self.judge
+        self.judge: Judge | None = None
+        self._pool: ThreadPoolExecutor | None = None
+        if "judge" in config.verifiers:
+            known["judge"] = self.judge = _opened(config.judge)
+            # Those that wait for the judge, and as many for whom rules are at work, or another's question is.
+            self._pool = ThreadPoolExecutor(2 * config.judge.concurrency, thread_name_prefix="score")
         self._verifiers = [known[name] for name in config.verifiers]
-        # Threads that wait for the judge, and as many for whom rules are still at work, or another's question is.
-        threads = 2 * config.judge.concurrency
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="score") if self.judge else None
         self._begun: dict[int, tuple[Trajectory, Future[Verdict | None]]] = {}
         self.said = ""
         """By the last verifier that could not be asked."""
@@ -100,3 +102,10 @@ class Scorer:
             self.said = str(outage)
             return None
         return self._function(trajectory, verdict) if self._function and trajectory.usable else verdict
+
+
+def _opened(config: JudgeConfig) -> "Judge":
+    # The client takes its time to import, and rules need none.
+    from hdpo_jax.rewards.judge import Judge
+
+    return Judge(config)

@@ -7,7 +7,6 @@ from dataclasses import astuple
 import numpy as np
 
 from hdpo_jax.rewards import Verdict
-from hdpo_jax.rewards.judge import Tally
 from hdpo_jax.rewards.scorer import Scorer
 from hdpo_jax.types import Trajectory
 from sharding.multihost import agree, is_lead
@@ -46,8 +45,8 @@ def outage_metrics(
     judge = scorer.judge
     if scorer.rules_alone:
         return {}
-    tally = judge.take_tally() if judge else Tally()
-    own = [verdicts.count(None), len(unjudged_groups(trajectories, verdicts)), *astuple(tally)]
+    tally = astuple(judge.take_tally()) if judge else ()
+    own = [verdicts.count(None), len(unjudged_groups(trajectories, verdicts)), *tally]
     lost, groups, *figures = agree(np.asarray(own, np.float64)).sum(axis=0).tolist()
     scorer.check(int(lost), of=of)
     if lost and is_lead():
