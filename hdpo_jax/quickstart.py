@@ -23,6 +23,7 @@ from hdpo_jax.evaluate.convert import export_hf
 from hdpo_jax.evaluate.report import write_report
 from hdpo_jax.evaluate.runner import evaluate_policy
 from hdpo_jax.files import write_text_atomically
+from hdpo_jax.rewards.scorer import Scorer
 from hdpo_jax.tools.protocol import Tools
 from hdpo_jax.tools.toolbox import open_toolbox
 from hdpo_jax.train.compilations import CompilationCounter
@@ -153,20 +154,22 @@ def _compare(
     compilations = CompilationCounter()
     prompts = PromptDataset(out / "data" / "test.parquet")
     sampler, warm, scores = None, 0, {}
-    for name, config in (("cold_start", sft), ("hdpo", hdpo)):
-        policy = load_policy(replace(config.model, path=f"{config.output}/hf"), config.mesh)
-        if sampler is None:
-            sampler = policy.sampler(toolbox, agent=hdpo.agent, rollout=hdpo.rollout, seed=seed)
-            sampler.warm_up(policy.params)
-            warm = compilations.count
-        scores[name] = evaluate_policy(
-            sampler,
-            policy.params,
-            prompts,
-            out / "evaluation" / f"{name}.jsonl",
-            count=len(prompts),
-            title=f"evaluate {name.replace('_', ' ')}",
-        )
+    with Scorer(hdpo.rewards) as scorer:
+        for name, config in (("cold_start", sft), ("hdpo", hdpo)):
+            policy = load_policy(replace(config.model, path=f"{config.output}/hf"), config.mesh)
+            if sampler is None:
+                sampler = policy.sampler(toolbox, agent=hdpo.agent, rollout=hdpo.rollout, seed=seed)
+                sampler.warm_up(policy.params)
+                warm = compilations.count
+            scores[name] = evaluate_policy(
+                sampler,
+                policy.params,
+                prompts,
+                scorer,
+                out / "evaluation" / f"{name}.jsonl",
+                count=len(prompts),
+                title=f"evaluate {name.replace('_', ' ')}",
+            )
     return scores, compilations.count - warm
 
 

@@ -57,6 +57,16 @@ class Prompt:
         """Names under which data sets know it, the likeliest first: caches that come with the data are kept by them."""
         return list(dict.fromkeys([*data_keys(self.extra), self.id]))
 
+    def said_by(self, role: str) -> str:
+        """What `role` says, all its messages; an image part shows as <image>, a video part as <video>."""
+        contents = [message["content"] for message in self.messages if message["role"] == role]
+        return "\n\n".join(
+            content
+            if isinstance(content, str)
+            else "".join(part["text"] if part["type"] == "text" else f"<{part['type']}>" for part in content)
+            for content in contents
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class ToolCall:

@@ -115,10 +115,15 @@ def group_items(dumps: Sequence[tuple[int, Path]], images: ImageTable) -> tuple[
         for rollouts in groups.values():
             rollouts = sorted(rollouts, key=lambda record: record.get("sample", 0))[:COLUMNS]
             columns = [_column(f"Rollout {1 + i}", record, images) for i, record in enumerate(rollouts)]
-            right = sum(bool(record.get("correct")) for record in rollouts)
-            verdict = "all right" if right == len(rollouts) else "mixed" if right else "all wrong"
-            items.append(_item(rollouts[0], columns, images, {"step": str(step), "group": verdict}))
+            items.append(_item(rollouts[0], columns, images, {"step": str(step), "group": _group_verdict(rollouts)}))
     return items, f"up to {share} groups of each dumped step, up to {COLUMNS} rollouts of each"
+
+
+def _group_verdict(rollouts: Sequence[Record]) -> str:
+    verdicts = [record.get("correct", False) for record in rollouts]
+    if None in verdicts:
+        return "not judged"
+    return "all right" if all(verdicts) else "mixed" if any(verdicts) else "all wrong"
 
 
 def _kind(record: Record) -> str:
@@ -145,7 +150,7 @@ def _column(label: str, record: Record, images: ImageTable) -> dict[str, Any]:
     rewards = record.get("rewards") or {}
     return {
         "label": label,
-        "correct": bool(record.get("correct")),
+        "correct": record.get("correct", False),  # null: it could not be judged
         "calls": record.get("calls", 0),
         "tokens": record.get("tokens", 0),
         "stop": str(record.get("stop", "")),

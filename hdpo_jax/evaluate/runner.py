@@ -19,14 +19,14 @@ from hdpo_jax.data.dataset import BadRow, BadRowError
 from hdpo_jax.data.prompts import PromptDataset
 from hdpo_jax.evaluate.convert import export_hf
 from hdpo_jax.files import write_text_atomically
-from hdpo_jax.rewards import score_trajectory
 from hdpo_jax.rewards.outcomes import Outcome, outcome, summarise
+from hdpo_jax.rewards.scorer import Scorer
 from hdpo_jax.rollout.prompts import PromptEncoder
 from hdpo_jax.rollout.sampler import Sampler
 from hdpo_jax.tools.toolbox import open_toolbox
 from hdpo_jax.train.dumps import trajectory_record, write_records
 from hdpo_jax.train.policy import load_policy
-from hdpo_jax.types import Prompt
+from hdpo_jax.types import Prompt, Trajectory
 from sharding.mesh import MeshAxes
 
 PROMPTS_AT_A_TIME = 256
@@ -54,7 +54,7 @@ def evaluate(
 
     One of `model` (HF directory) and `run_dir` (a training run: its newest checkpoint) says who answers.
     """
-    with open_toolbox(tools) as toolbox, _model_directory(model, run_dir) as directory:
+    with open_toolbox(tools) as toolbox, Scorer(rewards) as scorer, _model_directory(model, run_dir) as directory:
         policy = load_policy(ModelConfig(path=str(directory), dtype=dtype), MeshAxes())
         encode = PromptEncoder(policy.processor, rollout)
         dataset = PromptDataset(data, problem=encode.problem)
@@ -62,14 +62,14 @@ def evaluate(
         rollout = replace(rollout, slots=min(rollout.slots, count * samples), replay_experts=False)
         sampler = policy.sampler(toolbox, agent=agent, rollout=rollout, seed=seed, encode=encode)
         results = evaluate_policy(
-            sampler, policy.params, dataset, output / "trajectories.jsonl", count=count, samples=samples
+            sampler, policy.params, dataset, scorer, output / "trajectories.jsonl", count=count, samples=samples
         )
     write_text_atomically(output / "results.json", json.dumps(results, indent=2) + "\n")
     table = Table(title=f"{count:,} prompts, {samples} rollout{'s' * (samples > 1)} each")
     table.add_column()
     table.add_column("share" if samples == 1 else "mean", justify="right")
     for name, value in results.items():
-        table.add_row(name.replace("_", " "), f"{value:.3f}")
+        table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else f"{value:.3f}")
     Console().print(table)
     return results
 
@@ -92,6 +92,7 @@ def evaluate_policy(
     sampler: Sampler,
     params: nnx.State,
     dataset: PromptDataset,
+    scorer: Scorer,
     trajectories_path: Path,
     *,
     count: int,
@@ -101,32 +102,43 @@ def evaluate_policy(
     """Accuracy and tool use over `samples` rollouts a prompt; the trajectories go to `trajectories_path`.
 
     The first `count` prompts. Those that turn out to be unusable are left out and named; DataError where
-    they are more than the data set puts up with.
+    they are more than the data set puts up with. Answers that could not be judged are left out of the accuracy and
+    counted; VerifierOutage where they are more than the config allows.
     """
     outcomes: list[Outcome] = []
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns) as progress:
         task = progress.add_task(title, total=count * samples)
 
+        def finished(trajectory: Trajectory) -> None:
+            progress.advance(task)
+            scorer.begin(trajectory)
+
         def records() -> Iterator[Mapping[str, Any]]:
             bad: list[BadRow] = []
+            lost = 0
             for first in range(0, count, PROMPTS_AT_A_TIME):
                 prompts = list(_usable(dataset, range(first, min(first + PROMPTS_AT_A_TIME, count)), bad))
-                finished = sampler.sample(
+                trajectories = sampler.sample(
                     params,
                     prompts,
                     samples=samples,
                     step=0,
                     numbers=range(first, first + len(prompts)),
-                    on_finished=lambda _: progress.advance(task),
+                    on_finished=finished,
                 )
-                for trajectory in finished:
-                    verdict = score_trajectory(trajectory)
+                verdicts = scorer.verdicts(trajectories, of=count * samples)
+                lost += verdicts.count(None)
+                scorer.check(lost, of=count * samples)
+                for trajectory, verdict in zip(trajectories, verdicts, strict=True):
                     outcomes.append(outcome(trajectory, verdict))
                     yield trajectory_record(trajectory, verdict, step=0)
 
         write_records(trajectories_path, records())
-    return summarise(outcomes)
+    results = summarise(outcomes)
+    if not_judged := results.get("not_judged"):
+        log.warning("%d answers could not be judged and are left out of the accuracy: %s", not_judged, scorer.said)
+    return results
 
 
 def _usable(dataset: PromptDataset, indices: Iterable[int], bad: list[BadRow]) -> Iterator[Prompt]:

@@ -5,9 +5,11 @@ from hdpo_jax.rewards.efficiency import tool_reward
 from hdpo_jax.rewards.format import format_reward
 from hdpo_jax.rewards.verdict import (
     RULES,
+    Claim,
     Verdict,
     Verifier,
     VerifierOutage,
+    by_rules,
     is_correct,
     score_response,
     score_trajectory,
@@ -15,10 +17,12 @@ from hdpo_jax.rewards.verdict import (
 
 __all__ = [
     "RULES",
+    "Claim",
     "Verdict",
     "Verifier",
     "VerifierOutage",
     "answer_matches",
+    "by_rules",
     "extract_answer",
     "format_reward",
     "is_correct",

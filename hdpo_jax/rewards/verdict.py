@@ -15,18 +15,33 @@ FORMAT_WEIGHT = 0.1
 
 
 class VerifierOutage(RuntimeError):
-    """A judge can not be reached: the rollout is dropped from the update, never counted as wrong."""
+    """A judge can not be asked: the rollout's group is left out of the update, it never counts as wrong."""
+
+
+class Claim(NamedTuple):
+    """What a verifier is asked about: a prediction, and what is right."""
+
+    question: str
+    """What the user asks, images as <image>."""
+    prediction: str
+    """What the policy answered: hostile input."""
+    truths: tuple[str, ...]
+    """What is right; any of several may match."""
 
 
 class Verifier(Protocol):
-    """Judges a prediction: True right, False wrong, None can not tell (the next verifier is asked)."""
+    """Judges a claim: True right, False wrong, None can not tell (the next verifier is asked)."""
 
-    def __call__(self, prediction: str, ground_truth: str | Sequence[str], /) -> bool | None:
-        """Raises VerifierOutage where it can not be asked."""
+    def __call__(self, claim: Claim, /) -> bool | None:
+        """Raises VerifierOutage where it can not be asked. With a judge in the run, several threads call it."""
         ...
 
 
-RULES: tuple[Verifier, ...] = (judge_by_rules,)
+def by_rules(claim: Claim) -> bool | None:
+    return judge_by_rules(claim.prediction, claim.truths)
+
+
+RULES: tuple[Verifier, ...] = (by_rules,)
 """The embedded default: no endpoint, no network."""
 
 
@@ -44,31 +59,35 @@ class Verdict(NamedTuple):
     correct: bool
 
 
-def is_correct(
-    prediction: str | None, ground_truth: str | Sequence[str], verifiers: Sequence[Verifier] = RULES
-) -> bool:
-    """What the first verifier that can tell says. No prediction, or none that can tell: wrong."""
-    if prediction is None:
-        return False
+def is_correct(claim: Claim, verifiers: Sequence[Verifier] = RULES) -> bool:
+    """What the first verifier that can tell says; wrong where none can."""
     for verifier in verifiers:
-        verdict = verifier(prediction, ground_truth)
+        verdict = verifier(claim)
         if verdict is not None:
             return verdict
     return False
 
 
 def score_response(
-    text: str, ground_truth: str | Sequence[str], calls: int, verifiers: Sequence[Verifier] = RULES
+    text: str,
+    ground_truth: str | Sequence[str],
+    calls: int,
+    verifiers: Sequence[Verifier] = RULES,
+    *,
+    question: str = "",
 ) -> Verdict:
-    """The rewards of a response.
+    """The rewards of a response. Without an answer nobody is asked: it is wrong.
 
     Args:
         text: what the policy wrote, all turns. Observations do not belong here: theirs would score.
         ground_truth: what is right; of several, any may match.
         calls: tool calls sent, failed ones too.
         verifiers: asked in order until one can tell. Raises what they raise: VerifierOutage.
+        question: what was asked, for verifiers that read it.
     """
-    correct = is_correct(extract_answer(text), ground_truth, verifiers)
+    prediction = extract_answer(text)
+    truths = (ground_truth,) if isinstance(ground_truth, str) else tuple(ground_truth)
+    correct = prediction is not None and is_correct(Claim(question, prediction, truths), verifiers)
     answer, form = float(correct), format_reward(text)
     accuracy = ANSWER_WEIGHT * answer + FORMAT_WEIGHT * form
     return Verdict(answer=answer, format=form, accuracy=accuracy, tool=tool_reward(calls, correct), correct=correct)
@@ -76,4 +95,7 @@ def score_response(
 
 def score_trajectory(trajectory: "Trajectory", verifiers: Sequence[Verifier] = RULES) -> Verdict:
     """The rewards of a rollout: its assistant turns are judged, its tool turns are not read."""
-    return score_response(trajectory.response_text, trajectory.prompt.ground_truth, trajectory.calls, verifiers)
+    prompt = trajectory.prompt
+    return score_response(
+        trajectory.response_text, prompt.ground_truth, trajectory.calls, verifiers, question=prompt.said_by("user")
+    )

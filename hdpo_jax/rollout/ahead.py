@@ -16,7 +16,7 @@ from flax import nnx
 from hdpo_jax.config import ConfigError
 from hdpo_jax.rollout.agent import Rollout
 from hdpo_jax.rollout.sampler import Sampler
-from hdpo_jax.types import Prompt
+from hdpo_jax.types import Prompt, Trajectory
 
 
 class Ahead:
@@ -26,8 +26,19 @@ class Ahead:
     To be closed, also after an error, while the tools are still there.
     """
 
-    def __init__(self, sampler: Sampler, upcoming: Callable[[], Sequence[Prompt]], *, samples: int, steps: int):
-        """`upcoming` says which prompts come after those of the step; nothing is sampled for steps past `steps`."""
+    def __init__(
+        self,
+        sampler: Sampler,
+        upcoming: Callable[[], Sequence[Prompt]],
+        *,
+        samples: int,
+        steps: int,
+        on_finished: Callable[[Trajectory], None] | None = None,
+    ):
+        """`upcoming` says which prompts come after those of the step; nothing is sampled for steps past `steps`.
+
+        `on_finished` hears of each trajectory as it ends.
+        """
         if jax.process_count() > 1:
             # Two threads in each process would start their programs in an order that no other process knows.
             raise ConfigError(f"train.off_policy_steps is 1; expected 0 in a job of {jax.process_count()} processes")
@@ -35,6 +46,7 @@ class Ahead:
         self._upcoming = upcoming
         self._samples = samples
         self._steps = steps
+        self._on_finished = on_finished
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ahead")
         self._turn = threading.Lock()
         self._under_way: tuple[Rollout, Future[None]] | None = None
@@ -45,7 +57,7 @@ class Ahead:
         Raises what the thread raised.
         """
         if self._under_way is None:
-            rollout = self._sampler.rollout(prompts, samples=self._samples, step=number)
+            rollout = self._rollout(prompts, number)
             self._sampler.run(params, rollout)
         else:
             rollout, done = self._under_way
@@ -74,5 +86,8 @@ class Ahead:
 
     def _start(self, params: nnx.State, number: int) -> None:
         own = jax.tree.map(lambda leaf: jax.device_put(leaf, leaf.sharding, may_alias=False), params)
-        rollout = self._sampler.rollout(self._upcoming(), samples=self._samples, step=number)
+        rollout = self._rollout(self._upcoming(), number)
         self._under_way = rollout, self._thread.submit(self._sampler.run, own, rollout, turn=self._turn)
+
+    def _rollout(self, prompts: Sequence[Prompt], number: int) -> Rollout:
+        return self._sampler.rollout(prompts, samples=self._samples, step=number, on_finished=self._on_finished)

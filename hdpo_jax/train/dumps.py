@@ -4,7 +4,7 @@ import base64
 import functools
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,11 @@ LOSSLESS = 128
 """Images up to this size are dumped as PNG: a small crop shows what the policy saw, pixel for pixel."""
 
 
-def trajectory_record(trajectory: Trajectory, verdict: Verdict, *, step: int) -> dict[str, Any]:
-    """One trajectory as a JSON object; images as data URIs, made smaller where they are large."""
+def trajectory_record(trajectory: Trajectory, verdict: Verdict | None, *, step: int) -> dict[str, Any]:
+    """One trajectory as a JSON object; images as data URIs, made smaller where they are large.
+
+    `rewards` and `correct` are null where there is no verdict: the answer could not be judged.
+    """
     prompt = trajectory.prompt
     return {
         "step": step,
@@ -30,8 +33,8 @@ def trajectory_record(trajectory: Trajectory, verdict: Verdict, *, step: int) ->
         "group": trajectory.group,
         "sample": trajectory.sample,
         "data_source": prompt.data_source,
-        "system": _spoken(prompt.messages, "system"),
-        "question": _spoken(prompt.messages, "user"),
+        "system": prompt.said_by("system"),
+        "question": prompt.said_by("user"),
         "prompt_images": [_thumbnail_of_file(image) for image in prompt.images],
         "ground_truth": prompt.ground_truth,
         "extra": dict(prompt.extra),
@@ -39,16 +42,20 @@ def trajectory_record(trajectory: Trajectory, verdict: Verdict, *, step: int) ->
             {"role": turn.role, "text": turn.text, "images": [data_uri(image) for image in turn.images]}
             for turn in trajectory.turns
         ],
-        "rewards": {
-            "accuracy": float(verdict.accuracy),
-            "tool": float(verdict.tool),
-            "answer": float(verdict.answer),
-            "format": float(verdict.format),
-        },
-        "correct": bool(verdict.correct),
+        "rewards": None if verdict is None else _rewards(verdict),
+        "correct": None if verdict is None else bool(verdict.correct),
         "calls": trajectory.calls,
         "stop": trajectory.stop.value,
         "tokens": int(trajectory.sampled.sum()),
+    }
+
+
+def _rewards(verdict: Verdict) -> dict[str, float]:
+    return {
+        "accuracy": float(verdict.accuracy),
+        "tool": float(verdict.tool),
+        "answer": float(verdict.answer),
+        "format": float(verdict.format),
     }
 
 
@@ -88,20 +95,6 @@ def data_uri(image: Image.Image) -> str:
 def _thumbnail_of_file(image: bytes) -> str:
     """Cached: the rollouts of a group, and two evaluations of the same prompts, share images."""
     return data_uri(load_image(image))
-
-
-def _spoken(messages: Sequence[Mapping[str, Any]], role: str) -> str:
-    """What `role` says in the prompt; an image part shows as <image>, a video part as <video>."""
-    texts = []
-    for message in messages:
-        content = message["content"]
-        if message["role"] != role:
-            continue
-        if isinstance(content, str):
-            texts.append(content)
-        else:
-            texts.append("".join(part["text"] if part["type"] == "text" else f"<{part['type']}>" for part in content))
-    return "\n\n".join(texts)
 
 
 def _plain(value: Any) -> Any:

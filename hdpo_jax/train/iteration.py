@@ -13,7 +13,8 @@ from flax import nnx
 from hdpo_jax.algorithm.state import TrainState, abstract_state, state_shardings
 from hdpo_jax.algorithm.update import UpdateBatch, make_update
 from hdpo_jax.config import RLConfig
-from hdpo_jax.rewards import Verdict, score_trajectory
+from hdpo_jax.rewards import Verdict
+from hdpo_jax.rewards.scorer import Scorer
 from hdpo_jax.rollout.agent import Rollout
 from hdpo_jax.rollout.ahead import Ahead
 from hdpo_jax.rollout.fused import IterationFailed, make_iterate
@@ -23,6 +24,7 @@ from hdpo_jax.rollout.sampler import Sampler
 from hdpo_jax.rollout.stats import RolloutStats
 from hdpo_jax.train.batching import RowBatcher
 from hdpo_jax.train.policy import Policy
+from hdpo_jax.train.scoring import learnable, outage_metrics
 from hdpo_jax.types import Prompt, Trajectory
 from sharding.multihost import agree, together
 from sharding.rules import shard_batch
@@ -34,7 +36,8 @@ class Iteration:
 
     state: TrainState
     trajectories: Sequence[Trajectory]
-    verdicts: Sequence[Verdict]
+    verdicts: Sequence[Verdict | None]
+    """None: the answer could not be judged."""
     stats: RolloutStats
     metrics: Mapping[str, Any]
 
@@ -49,12 +52,14 @@ def make_iteration(
     sampler: Sampler,
     optimizer: optax.GradientTransformation,
     numbers: Sequence[int],
+    scorer: Scorer,
     ahead: Ahead | None = None,
 ) -> Iterate:
     """The iteration that `config.rollout.mode` names; both give the same trajectories and the same states.
 
     `numbers`: which of a step's prompts are this process's (`Batches.places`). With `ahead` (host-driven only) the
-    update runs while that samples; without, the two take turns.
+    update runs while that samples; without, the two take turns. Where more answers can not be judged than the config
+    allows, the iteration raises VerifierOutage in every process.
     """
     shardings = state_shardings(abstract_state(policy.params, optimizer))
     update = make_update(
@@ -68,9 +73,10 @@ def make_iteration(
     fixed = config.rollout.mode == "fused"
     pack = RowBatcher.of(config, policy.model.config, policy.model.dtype)
     samples, mini_batches = config.train.group_size, config.train.mini_batches
+    rollouts = config.train.prompts_per_step * samples
 
     def on_policy(params: nnx.State, prompts: Sequence[Prompt], number: int) -> Rollout:
-        rollout = sampler.rollout(prompts, samples=samples, step=number, numbers=numbers)
+        rollout = sampler.rollout(prompts, samples=samples, step=number, numbers=numbers, on_finished=scorer.begin)
         sampler.run(params, rollout)
         return rollout
 
@@ -82,7 +88,9 @@ def make_iteration(
         trajectories = rollout.trajectories
         sampled = time.perf_counter()
         with together():
-            verdicts = [score_trajectory(trajectory) for trajectory in trajectories]
+            verdicts = scorer.verdicts(trajectories, of=rollouts)
+        outages = outage_metrics(scorer, trajectories, verdicts, step=number, of=rollouts)
+        scored = time.perf_counter()
         batch = joined(assemble(trajectories, verdicts, pack, mini_batches))
         rows = shard_batch(batch.rows, policy.mesh, axis=2)
         packed = time.perf_counter()
@@ -90,10 +98,11 @@ def make_iteration(
         metrics = jax.device_get(dict(metrics))
         times = {
             "time/rollout": sampled - started,
-            "time/pack": packed - sampled,
+            "time/score": scored - sampled,
+            "time/pack": packed - scored,
             "time/update": time.perf_counter() - packed,
         }
-        metrics |= {"rows/padding": _padding(batch), **times}
+        metrics |= {"rows/padding": _padding(batch), **outages, **times}
         return Iteration(
             state=state, trajectories=trajectories, verdicts=verdicts, stats=rollout.stats, metrics=metrics
         )
@@ -104,7 +113,7 @@ def make_iteration(
     judged: dict[str, Any] = {}
 
     def judge_within(trajectories: Sequence[Trajectory]) -> UpdateBatch:
-        judged["verdicts"] = [score_trajectory(trajectory) for trajectory in trajectories]
+        judged["verdicts"] = scorer.verdicts(trajectories, of=rollouts)
         batch = assemble(trajectories, judged["verdicts"], pack, mini_batches)
         judged["batch"] = batch
         return batch
@@ -120,7 +129,7 @@ def make_iteration(
     )
 
     def fused(state: TrainState, prompts: Sequence[Prompt], number: int) -> Iteration:
-        rollout = sampler.rollout(prompts, samples=samples, step=number, numbers=numbers)
+        rollout = sampler.rollout(prompts, samples=samples, step=number, numbers=numbers, on_finished=scorer.begin)
         try:
             state, metrics = program(state, rollout)
         except IterationFailed as failed:
@@ -128,11 +137,13 @@ def make_iteration(
         finally:
             rollout.close()
         sampler.remember(rollout)
-        metrics = jax.device_get(dict(metrics)) | {"rows/padding": _padding(judged.pop("batch"))}
+        verdicts = judged.pop("verdicts")
+        outages = outage_metrics(scorer, rollout.trajectories, verdicts, step=number, of=rollouts)
+        metrics = jax.device_get(dict(metrics)) | {"rows/padding": _padding(judged.pop("batch")), **outages}
         return Iteration(
             state=state,
             trajectories=rollout.trajectories,
-            verdicts=judged["verdicts"],
+            verdicts=verdicts,
             stats=rollout.stats,
             metrics=metrics,
         )
@@ -155,12 +166,12 @@ def _warmed_up(iterate: Iterate, sampler: Sampler) -> Iterate:
 
 
 def assemble(
-    trajectories: Sequence[Trajectory], verdicts: Sequence[Verdict], pack: RowBatcher, mini_batches: int
+    trajectories: Sequence[Trajectory], verdicts: Sequence[Verdict | None], pack: RowBatcher, mini_batches: int
 ) -> UpdateBatch:
     """The update's input, of this process's rollouts.
 
     `trajectories` come in the order of groups and samples, every group whole, equally many of each mini-batch. Dropped
-    rollouts keep their place and are masked.
+    rollouts, and groups of which some could not be judged, keep their place and are masked.
     """
     groups = len({trajectory.group for trajectory in trajectories})
     size = len(trajectories) // groups
@@ -172,17 +183,20 @@ def assemble(
     micro_batches: Any
     rows, micro_batches = pack([families[first : first + each] for first in range(0, groups, each)])
 
+    # Of what is masked no reward is read.
+    rewards = [verdict or Verdict(0.0, 0.0, 0.0, 0.0, False) for verdict in verdicts]
+
     def per_rollout(values: Sequence[float | bool], dtype: type) -> Any:
         return np.asarray(values, dtype).reshape(groups, size)
 
     return UpdateBatch(
         rows=rows,
         micro_batches=micro_batches,
-        accuracy_rewards=per_rollout([verdict.accuracy for verdict in verdicts], np.float32),
-        tool_rewards=per_rollout([verdict.tool for verdict in verdicts], np.float32),
+        accuracy_rewards=per_rollout([verdict.accuracy for verdict in rewards], np.float32),
+        tool_rewards=per_rollout([verdict.tool for verdict in rewards], np.float32),
         calls=per_rollout([trajectory.calls for trajectory in trajectories], np.float32),
-        correct=per_rollout([verdict.correct for verdict in verdicts], np.bool_),
-        usable=per_rollout([trajectory.usable for trajectory in trajectories], np.bool_),
+        correct=per_rollout([verdict.correct for verdict in rewards], np.bool_),
+        usable=per_rollout(learnable(trajectories, verdicts), np.bool_),
     )
 
 

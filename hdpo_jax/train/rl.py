@@ -8,7 +8,8 @@ from hdpo_jax.algorithm.state import TrainState
 from hdpo_jax.config import RLConfig
 from hdpo_jax.data.prompts import PromptDataset
 from hdpo_jax.rewards import Verdict
-from hdpo_jax.rewards.outcomes import Outcome, outcome, summarise
+from hdpo_jax.rewards.outcomes import Outcome, summarise
+from hdpo_jax.rewards.scorer import Scorer
 from hdpo_jax.rollout.ahead import Ahead
 from hdpo_jax.rollout.prompts import PromptEncoder
 from hdpo_jax.rollout.stats import RolloutStats
@@ -18,6 +19,7 @@ from hdpo_jax.train.iteration import Iteration, make_iteration
 from hdpo_jax.train.loop import RunResult, host_batches, train
 from hdpo_jax.train.optimizer import make_optimizer
 from hdpo_jax.train.policy import load_policy
+from hdpo_jax.train.scoring import learnable
 from hdpo_jax.types import Prompt, StopReason, Trajectory
 from sharding.multihost import gather, is_lead, together
 
@@ -27,7 +29,7 @@ FIGURES = {"reward/correct": "right", "tools/rate": "tool use", "loss/total": "l
 def train_rl(config: RLConfig, *, title: str = "hdpo") -> RunResult:
     """Runs, or goes on with, the reinforcement-learning run that `config` describes."""
     # First what can refuse at once: a missing sandbox should not be found after the model is loaded.
-    with open_toolbox(config.tools) as toolbox, ExitStack() as stack:
+    with open_toolbox(config.tools) as toolbox, Scorer(config.rewards) as scorer, ExitStack() as stack:
         policy = load_policy(config.model, config.mesh, together=True)
         encode = PromptEncoder(policy.processor, config.rollout, cache_mb=config.data.cache_mb)
         sampler = policy.sampler(
@@ -38,15 +40,22 @@ def train_rl(config: RLConfig, *, title: str = "hdpo") -> RunResult:
         data = host_batches(dataset, config.train.prompts_per_step, config, parts=config.train.mini_batches)
         ahead = None
         if config.train.off_policy_steps:
-            ahead = Ahead(sampler, data.peek, samples=config.train.group_size, steps=config.train.steps)
+            ahead = Ahead(
+                sampler,
+                data.peek,
+                samples=config.train.group_size,
+                steps=config.train.steps,
+                on_finished=scorer.begin,
+            )
             stack.enter_context(closing(ahead))
-        iterate = make_iteration(config, policy, sampler, optimizer, data.places, ahead)
+        iterate = make_iteration(config, policy, sampler, optimizer, data.places, scorer, ahead)
 
         def step(state: TrainState, prompts: Sequence[Prompt], number: int) -> tuple[TrainState, Mapping[str, Any]]:
             done = iterate(state, prompts, number)
             if config.train.dump_every and number % config.train.dump_every == 0:
                 _dump(config, done, number)
-            results = map(result, done.trajectories, done.verdicts)
+            learned = learnable(done.trajectories, done.verdicts)
+            results = map(result, done.trajectories, done.verdicts, learned)
             everyone = [Result(*fields) for part in gather(list(results)) for fields in part]
             return done.state, {**rollout_metrics(sorted(everyone), done.stats.of_all_processes()), **done.metrics}
 
@@ -76,32 +85,32 @@ class Result(NamedTuple):
     format: float
     correct: bool
     calls: int
-    usable: bool
+    learned: bool
+    """False: left out of the update, through no fault of the policy's."""
     legible: bool | None
     tokens: int
     out_of_budget: bool
 
 
-def result(trajectory: Trajectory, verdict: Verdict) -> Result:
-    seen = outcome(trajectory, verdict)
+def result(trajectory: Trajectory, verdict: Verdict | None, learned: bool) -> Result:
     return Result(
         group=trajectory.group,
         sample=trajectory.sample,
-        accuracy=float(verdict.accuracy),
-        tool=float(verdict.tool),
-        format=float(verdict.format),
-        correct=bool(seen.correct),
-        calls=seen.calls,
-        usable=seen.usable,
-        legible=seen.legible,
+        accuracy=float(verdict.accuracy) if verdict else 0.0,
+        tool=float(verdict.tool) if verdict else 0.0,
+        format=float(verdict.format) if verdict else 0.0,
+        correct=bool(verdict and verdict.correct),
+        calls=trajectory.calls,
+        learned=learned,
+        legible=trajectory.prompt.extra.get("legible"),
         tokens=int(trajectory.sampled.sum()),
         out_of_budget=trajectory.stop is StopReason.TOKEN_BUDGET,
     )
 
 
 def rollout_metrics(results: Sequence[Result], stats: RolloutStats) -> dict[str, float]:
-    """Rewards, tool use, lengths and where the rollout's time went."""
-    kept = [one for one in results if one.usable]
+    """Rewards, tool use, lengths and where the rollout's time went. Rewards are those that the update saw."""
+    kept = [one for one in results if one.learned]
     summary = summarise(
         [Outcome(correct=one.correct, calls=one.calls, usable=True, legible=one.legible) for one in kept]
     )

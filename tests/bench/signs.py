@@ -32,7 +32,8 @@ PARTS = {
     "time/extend": "rollouts: prompts and observations",
     "time/decode": "rollouts: sampling",
     "time/tools_waited": "rollouts: waiting for tools",
-    "time/pack": "a step's rewards and packing",
+    "time/score": "a step's rewards",
+    "time/pack": "a step's packing",
     "time/update": "a step's update",
 }
 

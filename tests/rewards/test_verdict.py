@@ -109,15 +109,16 @@ def test_verifiers_are_asked_in_order_until_one_can_tell():
     asked = []
 
     def verifier(name, verdict):
-        def judge(prediction, ground_truth):
-            asked.append((name, prediction, ground_truth))
+        def judge(claim):
+            asked.append((name, *claim))
             return verdict
 
         return judge
 
     chain = (verifier("rules", None), verifier("judge", True), verifier("never", False))
-    assert score_response(GOOD, "a zebra", 0, chain).correct
-    assert asked == [("rules", "zebra", "a zebra"), ("judge", "zebra", "a zebra")]
+    assert score_response(GOOD, "a zebra", 0, chain, question="What is it?").correct
+    claim = ("What is it?", "zebra", ("a zebra",))
+    assert asked == [("rules", *claim), ("judge", *claim)]
     assert not score_response(GOOD, "a zebra", 0, (verifier("rules", None),)).correct
     asked.clear()
     # Without an answer nobody is asked.
@@ -125,7 +126,7 @@ def test_verifiers_are_asked_in_order_until_one_can_tell():
 
 
 def test_an_outage_is_not_a_wrong_answer():
-    def judge(prediction, ground_truth):
+    def judge(claim):
         raise VerifierOutage("the judge at localhost:1 does not answer")
 
     with pytest.raises(VerifierOutage):

@@ -12,10 +12,10 @@ import jax
 import pytest
 
 from configs import signs_hdpo
-from hdpo_jax.config import RLConfig, ToolsConfig
+from hdpo_jax.config import RewardsConfig, RLConfig, ToolsConfig
 from hdpo_jax.data.prompts import PromptDataset
 from hdpo_jax.rewards import Verdict
-from hdpo_jax.train import iteration, rl
+from hdpo_jax.train import rl
 from hdpo_jax.train.loop import host_batches
 from hdpo_jax.train.metrics import read_metrics
 from hdpo_jax.train.policy import load_policy
@@ -36,6 +36,7 @@ def config(tmp_path_factory) -> RLConfig:
         model=replace(config.model, path=str(directory / "model"), remat="nothing"),
         data=replace(config.data, path=str(files.train)),
         tools=ToolsConfig(sandbox="none", workers=1),
+        rewards=RewardsConfig(function="tests.train.test_off_policy:judge"),
         rollout=replace(config.rollout, slots=8, chunk=8, shapes=((2, 48, 64),)),
         agent=replace(config.agent, max_calls=0, max_response_tokens=16),
         algorithm=replace(config.algorithm, importance_cap=2.0),
@@ -53,7 +54,7 @@ def config(tmp_path_factory) -> RLConfig:
     )
 
 
-def judge(trajectory: Trajectory) -> Verdict:
+def judge(trajectory: Trajectory, _: Verdict) -> Verdict:
     """What differs within every group, though the policy is random."""
     accuracy = int(trajectory.token_ids.sum()) % 7 / 7
     return Verdict(accuracy=accuracy, tool=0.0, answer=accuracy, format=0.0, correct=False)
@@ -69,7 +70,6 @@ def prompts_learned(config: RLConfig) -> list[list[str]]:
 @pytest.mark.slow
 def test_a_run_told_to_stop_goes_on_with_what_it_sampled_but_did_not_learn(config, monkeypatch):
     monkeypatch.setattr(rl, "load_policy", functools.partial(load_policy, devices=jax.devices()[:1]))
-    monkeypatch.setattr(iteration, "score_trajectory", judge)
     write_lines = rl.write_lines
 
     def write_and_stop(path, records):

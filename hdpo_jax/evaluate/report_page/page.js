@@ -258,12 +258,13 @@
 
   // ---- Trajectory browser
 
-  // Right: a filled dot. Wrong: a cross. A call: a ring around it.
+  // Right: a filled dot. Wrong: a cross. Not judged: a dash. A call: a ring around it.
+  const verdict = (column) => (column.correct === null ? "not judged" : column.correct ? "right" : "wrong");
   function mark(column) {
     const sign = column.correct
       ? s("circle", { cx: 6.5, cy: 6.5, r: 2.8, class: "filled" })
-      : s("path", { d: "M4.3 4.3 8.7 8.7M8.7 4.3 4.3 8.7", "stroke-width": 1.6 });
-    const title = `${column.label}: ${column.correct ? "right" : "wrong"}, ${calls(column)}`;
+      : s("path", { d: column.correct === null ? "M4 6.5 9 6.5" : "M4.3 4.3 8.7 8.7M8.7 4.3 4.3 8.7", "stroke-width": 1.6 });
+    const title = `${column.label}: ${verdict(column)}, ${calls(column)}`;
     const ring = column.calls ? s("circle", { cx: 6.5, cy: 6.5, r: 5.5, fill: "none", "stroke-width": 1.2, class: "tone-tool" }) : null;
     return s("svg", { viewBox: "0 0 13 13", class: "tone-ink", role: "img", "aria-label": title }, s("title", {}, title), sign, ring);
   }
@@ -314,7 +315,7 @@
     return h("section", { class: "column" },
       h("header", {},
         h("h3", {}, column.label),
-        h("span", { class: column.correct ? "verdict-right" : "verdict-wrong" }, column.correct ? "right" : "wrong"),
+        h("span", { class: column.correct ? "verdict-right" : "verdict-wrong" }, verdict(column)),
         h("small", {}, [calls(column), `${column.tokens} tokens`, ...rewards.map(([name, value]) => `${named[name]} ${plain(value)}`),
           column.stop === "end_of_turn" ? "" : column.stop.replaceAll("_", " ")].filter(Boolean).join(" \u00b7 "))),
       column.turns.map((turn) => turnOf(turn, raw)));
