@@ -45,7 +45,7 @@ class Prompt:
     @property
     def keys(self) -> list[str]:
         """Names under which data sets know it, the likeliest first: caches that come with the data are kept by them."""
-        named = [self.extra.get(name) for name in ("data_idx", "cache_id", "image_id", "index", "id")]
+        named = [self.extra.get(name) for name in ("data_idx", "cache_id", "image_id", "index", "id", "image_url")]
         return [*dict.fromkeys(str(name) for name in named if isinstance(name, str | int)), self.id]
 
 
