@@ -64,7 +64,7 @@ class ImageSearchSession:
             entries.append((match.title + f" [image {len(images)}]" * shown, match.link))
         count = len(self._subject.images)
         note = f"The first of the prompt's {count} images was looked up.\n\n" if count > 1 else ""
-        return Observation(text=note + numbered(entries), images=images)
+        return Observation(text=note + numbered(entries), images=tuple(images))
 
     def close(self) -> None: ...
 

@@ -24,10 +24,11 @@ def build_text_index(documents: Path, output: Path) -> None:
 
 def build_image_index(images: Path, output: Path) -> None:
     """Writes the index of a folder of images, with a progress bar. Raises DataError."""
+    number = len(image_files(images))
     console, start = Console(stderr=True), time.perf_counter()
     columns = (TextColumn("indexing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("indexing", total=len(image_files(images)))
+        task = progress.add_task("indexing", total=number)
         count, left_out = index_images(images, output, lambda read: progress.advance(task, read))
     _tell(console, output, f"{count:,} images", left_out, "files or lines", time.perf_counter() - start)
 

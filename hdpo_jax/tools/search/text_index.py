@@ -42,7 +42,7 @@ PREPARE = (
 RANK = (
     # The inner LIMIT comes before the ranking: what all documents match would else take as long as there are documents.
     f"SELECT score, id FROM (SELECT rowid AS id, bm25(words, {TITLE_WEIGHT}, 1.0) AS score FROM words "
-    f"WHERE words MATCH ? LIMIT {RANKED}) ORDER BY score, id LIMIT ?"
+    "WHERE words MATCH ? LIMIT ?) ORDER BY score, id LIMIT ?"
 )
 
 
@@ -121,10 +121,10 @@ def _best(connection: sqlite3.Connection, words: Sequence[Word], count: int) -> 
         if leading and total > RANKED:
             break
         leading.append(word.expression)
-    scored = connection.execute(RANK, (" OR ".join(leading), count)).fetchall()
+    scored = connection.execute(RANK, (" OR ".join(leading), RANKED, count)).fetchall()
     if len(leading) < len(rarest):
         every = " AND ".join(word.expression for _, word in rarest)
-        scored += connection.execute(RANK, (every, count)).fetchall()
+        scored += connection.execute(RANK, (every, RANKED, count)).fetchall()
     # Lower is better. A document that both found counts with all its words.
     scores: dict[int, float] = {}
     for score, identity in scored:
