@@ -2,8 +2,8 @@
 
 A fingerprint says of the 128 slowest waves in an image's brightness (its discrete cosine transform) which are stronger
 than the median. Recompression, scaling and stretching hardly touch those; cutting a margin off shifts all of them, so
-the index keeps a fingerprint of the whole image and of fourteen parts of it: what is left when
-margins are cut off.
+the index keeps a fingerprint of the whole image and of fourteen parts of it: what is left when margins are
+cut off.
 
 Own code rather than the imagehash package: it is a matrix product, and that package brings SciPy and PyWavelets along.
 """
