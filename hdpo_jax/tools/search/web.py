@@ -16,12 +16,14 @@ from typing import Any, Literal
 import httpx
 
 from hdpo_jax.config import WebConfig
-from hdpo_jax.tools.search.keys import ApiKey, Redaction
+from hdpo_jax.tools.search.keys import HIDDEN, ApiKey, Redaction
 from hdpo_jax.tools.search.results import SearchError, printable
 from hdpo_jax.tools.search.web_cache import WebCache
 
 MAX_BYTES = 8 * 2**20
 """Of an answer, unpacked; the reading ends there."""
+FORMAT = 1
+"""Of what is kept of answers; another number makes what is on disk unknown."""
 PASSING = {408, 425, 429, 500, 502, 503, 504}
 """Statuses that another attempt may not meet."""
 REFUSED = {401, 403}
@@ -39,7 +41,7 @@ class Question:
 
     @property
     def digest(self) -> str:
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([FORMAT, asdict(self)], sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,6 +202,8 @@ class WebClient:
                     raise HopelessAnswer(f"sent more than {MAX_BYTES:,} bytes")
         finally:
             await response.aclose()
+        # A provider may repeat the key; what it says ends up in observations, on disk and in the log.
+        content = content.replace(self._key.value.encode(), HIDDEN.encode()) if self._key else content
         status = response.status_code
         if status == 200:
             return Answer(headers=response.headers, content=bytes(content))

@@ -20,7 +20,8 @@ class WebCache:
         if self._folder is None:
             return None
         try:
-            return self._place(self._folder, digest).read_bytes()
+            # An empty file is what a power cut may leave.
+            return self._place(self._folder, digest).read_bytes() or None
         except OSError:
             return None
 

@@ -23,7 +23,7 @@ HERE = "https://example.org/a.png"
 def ask(
     server: ProviderServer, keys: Sequence[str] = (HERE,), image_url: str = "", images: Sequence[bytes] = (IMAGE,)
 ) -> Observation:
-    web = WebConfig(timeout_seconds=1, attempts=2, pause_seconds=0.01, url=server.url)
+    web = WebConfig(timeout_seconds=20, attempts=2, pause_seconds=0.01, url=server.url)
     search = ImageSearchConfig(provider="serper", image_url=image_url)
     with (
         ToolBox(ToolsConfig(names=("image_search",), web=web, image_search=search)) as box,

@@ -62,8 +62,10 @@ FAILED = "The search failed. This does not mean that there are no results."
 PROVIDERS = pytest.mark.parametrize("provider", RECORDED)
 
 
-def search(server: ProviderServer, provider: Any, query: str = "capital of France", cache: str = "") -> Observation:
-    web = WebConfig(timeout_seconds=0.5, attempts=2, pause_seconds=0.01, url=server.url, cache=cache)
+def search(
+    server: ProviderServer, provider: Any, query: str = "capital of France", cache: str = "", seconds: float = 20
+) -> Observation:
+    web = WebConfig(timeout_seconds=seconds, attempts=2, pause_seconds=0.01, url=server.url, cache=cache)
     text = TextSearchConfig(provider=provider)
     with ToolBox(ToolsConfig(names=("text_search",), web=web, text_search=text)) as box, box.session([]) as session:
         return session.call(ToolCall(name="text_search", arguments={"query": query}))
@@ -122,7 +124,7 @@ def test_failures_are_said_to_be_failures(
     server: ProviderServer, provider: str, fault: Reply, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     server.replies = [fault]
-    observation = search(server, provider, cache=str(tmp_path))
+    observation = search(server, provider, cache=str(tmp_path), seconds=0.7 if fault is drips else 20)
     assert observation == Observation(text=FAILED, ok=False)
     (record,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
     line = record.getMessage()
@@ -172,6 +174,12 @@ def test_long_queries_are_cut_and_strange_ones_sent(server: ProviderServer):
     assert not search(server, "serper", " \n ").ok
     assert search(server, "serper", "\x00") == Observation(text="No results.")
     assert len(server.received) == 1
+
+
+def test_a_key_that_comes_back_is_not_shown(server: ProviderServer, tmp_path: Path):
+    server.replies = [sends({"organic": [{"title": f"your key is {KEY}", "snippet": "x"}]})]
+    assert search(server, "serper", cache=str(tmp_path)).text == "1. your key is [key]\nx"
+    assert not any(KEY in path.read_text() for path in tmp_path.rglob("*") if path.is_file())
 
 
 def test_what_is_kept_is_the_results_alone(server: ProviderServer, tmp_path: Path):

@@ -28,7 +28,8 @@ from tests.tools.search.provider_server import (
     stops_early,
 )
 
-QUICK = WebConfig(timeout_seconds=0.5, attempts=3, pause_seconds=0.01, longest_pause_seconds=1.5, requests_per_second=0)
+QUICK = WebConfig(timeout_seconds=20, attempts=3, pause_seconds=0.01, longest_pause_seconds=1.5, requests_per_second=0)
+IMPATIENT = replace(QUICK, timeout_seconds=0.5)
 FINE = sends({"fine": True})
 
 Client = Callable[[WebConfig], WebClient]
@@ -72,7 +73,8 @@ def ask(client: WebClient, server: ProviderServer, query: str = "q") -> bytes:
 )
 def test_what_may_pass_is_tried_again(server: ProviderServer, client: Client, fault: Reply):
     server.replies = [fault, FINE]
-    assert json.loads(ask(client(QUICK), server)) == {"fine": True}
+    config = replace(QUICK, timeout_seconds=2) if fault is drips else QUICK
+    assert json.loads(ask(client(config), server)) == {"fine": True}
     assert len(server.received) == 2
 
 
@@ -115,9 +117,9 @@ def test_a_time_limit_is_one_of_the_whole_attempt(server: ProviderServer, client
     server.replies = [drips]
     start = time.monotonic()
     with pytest.raises(SearchError, match="failed once: no answer within 0.5 s"):
-        ask(client(replace(QUICK, attempts=1)), server)
+        ask(client(replace(IMPATIENT, attempts=1)), server)
     # Ten seconds where each byte has half a second of its own.
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < 6
 
 
 def test_nobody_listens(client: Client, server: ProviderServer):
@@ -134,19 +136,19 @@ def test_a_provider_that_wants_a_pause_gets_it_from_everybody(
     ask(one, server, "first")
     ask(one, server, "second")
     limited, again, other = (request.at for request in server.received)
-    assert 0.9 < again - limited < 4 and other >= again
+    assert 0.9 < again - limited < 10 and other >= again
 
 
 def test_a_pause_is_bounded(server: ProviderServer, client: Client):
     server.replies = [sends({}, 503, Retry_After="86400"), FINE]
     start = time.monotonic()
     ask(client(replace(QUICK, longest_pause_seconds=0.2)), server)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 20
 
 
 def test_threads_share_the_rate(server: ProviderServer, client: Client):
     server.replies = [FINE]
-    one = client(replace(QUICK, timeout_seconds=10, requests_per_second=20))
+    one = client(replace(QUICK, requests_per_second=20))
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda number: ask(one, server, str(number)), range(11)))
     times = sorted(request.at for request in server.received)
@@ -160,7 +162,7 @@ def test_who_asks_the_same_at_a_time_shares_an_answer(server: ProviderServer, cl
         FINE(handler)
 
     server.replies = [slowly]
-    one = client(replace(QUICK, timeout_seconds=10))
+    one = client(QUICK)
     with ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(lambda _: ask(one, server), range(16)))
     assert len(set(answers)) == 1 and len(server.received) == 1
@@ -181,6 +183,8 @@ def test_answers_are_kept_and_failures_are_not(server: ProviderServer, client: C
     assert KEY not in kept.read_text() + str(kept)
     ask(client(config), server, "another")
     assert len(server.received) == 4
+    kept.write_bytes(b"")
+    assert ask(client(config), server) and len(server.received) == 5
 
 
 def test_a_full_disk_does_not_cost_the_answer(server: ProviderServer, client: Client, tmp_path: Path):
