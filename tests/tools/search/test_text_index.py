@@ -153,6 +153,16 @@ def test_what_one_query_ranks_is_bounded(index: Open, monkeypatch: pytest.Monkey
     assert titles(one, "common filler2999 often", 1) == ["2999"]
 
 
+def test_past_the_bound_documents_with_all_words_come_first(index: Open, monkeypatch: pytest.MonkeyPatch):
+    def text(number: int) -> str:
+        return " ".join(["early"] * (number < 900) + ["late"] * (600 <= number < 1_500) + ["other"])
+
+    one = index([Document(title=f"{number}", link="", text=text(number)) for number in range(1_500)])
+    monkeypatch.setattr(text_index, "RANKED", 1_000)
+    # "early" leads, and "late" is too common to lead as well: by "early" alone, 0 would be the best of equals.
+    assert titles(one, "early late", 2) == ["600", "601"]
+
+
 def test_ties_have_one_order(index: Open):
     one = index([Document(title=f"same {number}", link="", text="the same words") for number in range(50)])
     assert titles(one, "words", 5) == [f"same {number}" for number in range(5)]
