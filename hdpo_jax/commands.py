@@ -273,6 +273,38 @@ class Report:
         print(write_report(self.run_dir))
 
 
+@dataclass(frozen=True, kw_only=True)
+class DataIndex:
+    """An index of documents for the text_search tool (tools.text_search.index)."""
+
+    documents: Path
+    """JSON lines (.jsonl, .jsonl.gz), or a folder of them: {"title", "text", "url"}; text may be called contents,
+    content or body, url also link."""
+    output: Path
+    """The file to write."""
+
+    def run(self) -> None:
+        from hdpo_jax.tools.search.build import build_text_index
+
+        build_text_index(self.documents, self.output)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataIndexImages:
+    """An index of images for the image_search tool (tools.image_search.path)."""
+
+    images: Path
+    """A folder of image files. A metadata.jsonl in it may give titles and addresses: {"file", "title", "url"}; else an
+    image's title is its file name."""
+    output: Path
+    """The file to write."""
+
+    def run(self) -> None:
+        from hdpo_jax.tools.search.build import build_image_index
+
+        build_image_index(self.images, self.output)
+
+
 COMMANDS: dict[str, type[Command]] = {
     "quickstart": Quickstart,
     "eval": Eval,
@@ -284,13 +316,22 @@ COMMANDS: dict[str, type[Command]] = {
     "serve-tools": ServeTools,
     "report": Report,
 }
+GROUPS: dict[str, dict[str, type[Command]]] = {
+    "data": {
+        "index": DataIndex,
+        "index-images": DataIndexImages,
+    },
+}
+"""Commands of two words."""
 RUNS: dict[str, type[SFTConfig] | type[RLConfig]] = {"sft": SFTConfig, "train": RLConfig, "plan": RLConfig}
 """Commands that take a config, and of what kind."""
 
 
 def run_command(name: str, flags: Sequence[str]) -> None:
     """Runs a command; ConfigError where there is none of that name, or the flags do not fit it."""
-    if name == "plan":
+    if name in GROUPS:
+        _run_in_group(name, flags)
+    elif name == "plan":
         _plan(flags)
     elif name in RUNS:
         _train(name, flags)
@@ -301,8 +342,30 @@ def run_command(name: str, flags: Sequence[str]) -> None:
             command = parse_flags(Eval, flags, program=f"hdpo {name}", default=replace(command, **run_settings(run)))
         command.run()
     else:
-        known = ", ".join([*RUNS, *COMMANDS])
+        known = ", ".join([*RUNS, *COMMANDS, *GROUPS])
         raise ConfigError(f"there is no command {name!r}; expected one of {known}")
+
+
+def _run_in_group(group: str, words: Sequence[str]) -> None:
+    """Runs the command that the words begin with."""
+    commands = GROUPS[group]
+    known = ", ".join(commands)
+    if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help")):
+        raise ConfigError(f"hdpo {group} COMMAND: a command comes first, one of {known}")
+    name, *flags = words
+    if name in ("-h", "--help"):
+        width = max(map(len, commands))
+        lines = (f"  {known:<{width}}  {(kind.__doc__ or '').splitlines()[0]}" for known, kind in commands.items())
+        print(
+            f"usage: hdpo {group} COMMAND [OPTIONS]\n",
+            *lines,
+            f"\n`hdpo {group} COMMAND --help` lists the flags.",
+            sep="\n",
+        )
+    elif name in commands:
+        parse_flags(commands[name], flags, program=f"hdpo {group} {name}").run()
+    else:
+        raise ConfigError(f"there is no command {group} {name!r}; expected one of {known}")
 
 
 def _config(name: str, flags: Sequence[str], note: str = "") -> SFTConfig | RLConfig:

@@ -14,6 +14,10 @@ class WebConfig:
     """Of one attempt."""
     attempts: int = 4
     """With a pause before each but the first that doubles, and is drawn at random below that."""
+    pause_seconds: float = 1.0
+    """What the first of these pauses is drawn below."""
+    longest_pause_seconds: float = 20.0
+    """Of any pause, also one that the provider asks for (Retry-After)."""
     requests_per_second: float = 10.0
     """Of this process, to one provider; 0: no bound."""
     cache: str = ""
@@ -24,14 +28,14 @@ class WebConfig:
     def __post_init__(self):
         more_than_zero(self, "tools.web", "timeout_seconds")
         at_least(self, "tools.web", 1, "attempts")
-        at_least(self, "tools.web", 0, "requests_per_second")
+        at_least(self, "tools.web", 0, "requests_per_second", "pause_seconds", "longest_pause_seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextSearchConfig:
     provider: Literal["index", "serper", "serpapi", "brightdata"] = "index"
     """index: documents on this machine, by BM25. The others are on the web, and want SERPER_API_KEY, SERPAPI_API_KEY
-    or BRIGHTDATA_API_KEY in the environment."""
+    or BRIGHTDATA_API_KEY in the environment; Bright Data also a zone in BRIGHTDATA_SERP_ZONE, if not serp_api1."""
     index: str = ""
     """The file that `hdpo data index` wrote."""
     results: int = 10
@@ -48,6 +52,9 @@ class ImageSearchConfig:
     path: str = ""
     """The file that `hdpo data index-images` wrote; or the cache: a JSON file, or a folder with one for each question.
     """
+    image_url: str = ""
+    """serper: where the prompt's image is on the web, for Google takes an address, not an image. {key} in it becomes
+    the prompt's likeliest name, {sha256} the checksum of the image file. Not needed where prompts have an image_url."""
     results: int = 10
     thumbnail: int = 256
     """Longest side of a thumbnail, in pixels."""

@@ -10,11 +10,13 @@ from types import TracebackType
 
 from hdpo_jax.config import ConfigError, ToolsConfig
 from hdpo_jax.tools.functions import FunctionTool
+from hdpo_jax.tools.image_search import ImageSearchTool
 from hdpo_jax.tools.protocol import ALIASES, SCHEMAS, Schema, Subject, Tool, Tools, ToolSession, argument_error
 from hdpo_jax.tools.python_sandbox import PythonTool
+from hdpo_jax.tools.text_search import TextSearchTool
 from hdpo_jax.types import Observation, ToolCall
 
-TOOLS = {"python": PythonTool}
+TOOLS = {"python": PythonTool, "text_search": TextSearchTool, "image_search": ImageSearchTool}
 
 logger = logging.getLogger(__name__)
 

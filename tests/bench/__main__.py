@@ -14,7 +14,7 @@ from tests.bench.table import Section, last_table, read_sections, with_summary, 
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DOCUMENT, README = ROOT / "docs" / "bench.md", ROOT / "README.md"
-BENCHMARKS = ("rollout", "update", "logprobs", "packing", "signs", "python_tool", "gpu")
+BENCHMARKS = ("rollout", "update", "logprobs", "packing", "signs", "python_tool", "search", "gpu")
 """In the order of the document."""
 BY_NAME_ONLY = ("gpu",)
 """What needs another machine than the others."""
