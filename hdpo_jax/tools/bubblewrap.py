@@ -82,7 +82,8 @@ def sandboxed(command: Sequence[str], variables: Mapping[str, str], *, report: i
         raise ConfigError(f"bubblewrap (bwrap) is not installed, so model-written code can not be isolated: {INSTALL}")
     arguments = [program, "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"]
     arguments += ["--as-pid-1", "--new-session", "--hostname", "sandbox", "--clearenv", "--cap-drop", "ALL"]
-    arguments += ["--cap-add", "CAP_SYS_ADMIN"]
+    # For the namespaces of sessions, and to see what their processes use.
+    arguments += ["--cap-add", "CAP_SYS_ADMIN", "--cap-add", "CAP_SYS_PTRACE"]
     if os.geteuid() == 0:
         # Root needs no user namespace here: sessions become "nobody", whom the kernel can hold to a process limit.
         for capability in ("CAP_SETUID", "CAP_SETGID", "CAP_KILL"):
