@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hdpo_jax.config import ConfigError
+from hdpo_jax.tools.kernel.users import spare_user
 
 KERNEL = Path(__file__).parent / "kernel"
 KERNEL_INSIDE = "/kernel/kernel"
@@ -16,12 +17,19 @@ NEEDED = ("numpy", "PIL", "IPython", "matplotlib")
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
 SETTINGS = ("/etc/ld.so.cache", "/etc/alternatives", "/etc/fonts", "/etc/localtime")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
-INSTALL = "install it (apt-get install bubblewrap) or, for code that you trust, pass --tools.sandbox none"
+PARTS = ("bin", "lib", "lib64", "share")
+"""Of a Python installation; settings that lie beside them (pip.conf) may hold passwords."""
+INSTEAD = (
+    "it needs bubblewrap (apt-get install bubblewrap) and user namespaces; instead take a tool server elsewhere "
+    "(--tools.servers http://HOST:PORT of `hdpo serve-tools`) or --tools.sandbox none: inside gVisor (runsc), or for "
+    "code that you trust"
+)
 
 
 def python_folders() -> tuple[Path, ...]:
     """The folders that hold this Python and its packages, without those that others contain."""
-    found = {Path(sys.prefix), Path(sys.base_prefix), Path(sys.exec_prefix)}
+    prefixes = {Path(sys.prefix), Path(sys.base_prefix), Path(sys.exec_prefix)}
+    found = {prefix / part for prefix in prefixes for part in PARTS if (prefix / part).is_dir()}
     for name in NEEDED:
         spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None:
@@ -79,13 +87,13 @@ def sandboxed(command: Sequence[str], variables: Mapping[str, str], *, report: i
     """
     program = shutil.which("bwrap")
     if program is None:
-        raise ConfigError(f"bubblewrap (bwrap) is not installed, so model-written code can not be isolated: {INSTALL}")
+        raise ConfigError(f"bubblewrap (bwrap) is not installed, so model-written code can not be isolated: {INSTEAD}")
     arguments = [program, "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"]
     arguments += ["--as-pid-1", "--new-session", "--hostname", "sandbox", "--clearenv", "--cap-drop", "ALL"]
     # For the namespaces of sessions, and to see what their processes use.
     arguments += ["--cap-add", "CAP_SYS_ADMIN", "--cap-add", "CAP_SYS_PTRACE"]
-    if os.geteuid() == 0:
-        # Root needs no user namespace here: sessions become "nobody", whom the kernel can hold to a process limit.
+    if spare_user(0) is not None:
+        # Root needs no user namespace here: sessions become others, whom the kernel can hold to a process limit.
         for capability in ("CAP_SETUID", "CAP_SETGID", "CAP_KILL"):
             arguments += ["--cap-add", capability]
     else:

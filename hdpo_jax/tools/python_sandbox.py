@@ -16,7 +16,7 @@ from PIL import Image
 from rich.console import Console
 
 from hdpo_jax.config import ConfigError, ToolsConfig
-from hdpo_jax.tools.bubblewrap import INSTALL
+from hdpo_jax.tools.bubblewrap import INSTEAD
 from hdpo_jax.tools.fork_server import CPU_FACTOR, End, ForkServer, Kernel, ServerLost
 from hdpo_jax.tools.kernel import frames
 from hdpo_jax.tools.kernel.pictures import CALL_PIXELS, MAX_PIXELS
@@ -112,8 +112,8 @@ class PythonSession:
         """Runs a line of code in a session of its own. Raises ConfigError when sessions do not work here."""
         observation = self.call({"code": "print(6 * 7)"})
         if observation.text.strip() != "42":
-            problem = " ".join(observation.text.split())
-            raise ConfigError(f"the python tool's sessions do not start here: {problem}; {INSTALL}")
+            problem = " ".join(observation.text.split()).strip("[]").removesuffix(f". {self._state_lost()}")
+            raise ConfigError(f"the python tool's sessions do not start here: {problem}; {INSTEAD}")
 
     def _run(self, code: str) -> Observation:
         token = os.urandom(frames.TOKEN_BYTES)
@@ -162,7 +162,7 @@ class PythonSession:
         if not isinstance(sizes, list) or len(sizes) != len(frame.blobs) or len(sizes) > config.max_images:
             raise frames.FrameError("an answer with images that do not add up")
         images = [_image(size, pixels) for size, pixels in zip(sizes, frame.blobs, strict=True)]
-        most = f"{config.max_images} images, and {CALL_PIXELS // 10**6} million pixels,"
+        most = f"{config.max_images}, and {CALL_PIXELS // 10**6} million pixels,"
         note = f"[{min(dropped, MOST)} more images are left out: one call returns {most} at most.]" if dropped else ""
         text = _lines(_sound(text[: config.output_chars + 200]), note)
         return Observation(text=text if text or images else NO_OUTPUT, images=images, ok=ok)

@@ -154,7 +154,7 @@ def test_every_way_to_show_an_image(session, run):
 def test_surplus_images_are_left_out_whole(session, run):
     observation = run(session, "for i in range(5): display(Image.new('RGB', (i + 1, 1)))")
     assert [image.size[0] for image in observation.images] == [1, 2, 3]
-    assert observation.text == "[2 more images are left out: one call returns 3 images, and 33 million pixels, at most.]"
+    assert observation.text == "[2 more images are left out: one call returns 3, and 33 million pixels, at most.]"
 
 
 def test_huge_images_are_reduced(session, run):

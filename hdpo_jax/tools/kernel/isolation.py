@@ -14,6 +14,7 @@ import resource
 from dataclasses import dataclass
 
 from .seccomp import Program
+from .users import spare_user
 
 CLONE_NEWTIME, CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x0000_0080, 0x0002_0000, 0x0400_0000, 0x0800_0000
 CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x1000_0000, 0x2000_0000, 0x4000_0000
@@ -21,8 +22,6 @@ MS_NOSUID, MS_NODEV, MS_NOEXEC = 2, 4, 8
 PR_SET_NO_NEW_PRIVS, PR_SET_CHILD_SUBREAPER = 38, 36
 PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 22, 2
 LINUX_CAPABILITY_VERSION_3 = 0x2008_0522
-FIRST_USER, USERS = 0x6000_0000, 0x1000_0000
-"""Numbers that no host gives to people or containers."""
 COUNTED = {
     **{f"max_{kind}_namespaces": 0 for kind in ("user", "mnt", "pid", "net", "ipc", "uts", "cgroup", "time")},
     **{f"max_{kind}": 16 for kind in ("inotify_instances", "fanotify_groups")},
@@ -81,6 +80,7 @@ def confine(limits: Limits, session: int, forbidden: Program) -> None:
     """
     # When the machine runs out of memory, a session goes before the host's own processes.
     _write("/proc/self/oom_score_adj", 1_000)
+    user = spare_user(session)
     spaces = CLONE_NEWNS | CLONE_NEWIPC | CLONE_NEWNET | CLONE_NEWUTS
     _check(_libc.unshare(spaces), "mount, IPC, network and UTS namespaces")
     options = f"size={limits.disk_mb}m,nr_inodes=16384,mode=1777".encode()
@@ -89,13 +89,11 @@ def confine(limits: Limits, session: int, forbidden: Program) -> None:
     settings = os.open("/proc/sys", os.O_PATH | os.O_DIRECTORY)
     _mount_proc(b"subset=pid")
     os.chdir("/tmp")
-    if os.getuid() == 0:
-        # The kernel never counts processes of the host's root, and counts much else by user.
-        user = FIRST_USER + session % USERS
+    if user is not None:
         os.setgroups([])
         os.setresgid(user, user, user)
         os.setresuid(user, user, user)
-    _check(_libc.unshare(CLONE_NEWUSER), "a user namespace")
+    _check(_libc.unshare(CLONE_NEWUSER), "user namespaces are forbidden here")
     # No further namespaces: they would hand out capabilities again.
     for name, bound in COUNTED.items():
         with contextlib.suppress(FileNotFoundError):  # the kernel has no such kind

@@ -1,7 +1,7 @@
 """What a session's processes use together: memory and CPU, which limits of single processes do not bound.
 
-The fork server looks at /proc from time to time: at all processes below it, in one pass, and at exact figures where
-the rough ones come near a bound. A look takes a twentieth of the time at most.
+The fork server looks at /proc from time to time: at all processes below it in one pass, and where these may use too
+much memory at exact figures, process by process, so that nobody waits for long meanwhile.
 """
 
 import os
@@ -10,9 +10,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-PERIOD = 0.1
+SHORTEST, LONGEST = 0.1, 1.0
+"""Seconds between two looks."""
 SHARE = 0.05
-"""Of one core, spent on looking, at most."""
+"""Of one core, spent on looking where that is possible within the longest pause."""
 TICK = 1 / os.sysconf("SC_CLK_TCK")
 PAGE = os.sysconf("SC_PAGE_SIZE")
 SOCKET_BYTES = 425_984
@@ -27,7 +28,7 @@ class _Process(NamedTuple):
     cpu: int
     """Ticks, of all its threads."""
     resident: int
-    """Bytes, shared ones included."""
+    """Bytes; those shared with others are counted in each."""
 
 
 @dataclass
@@ -40,32 +41,56 @@ class _Account:
     """Of each of its processes, at the last look."""
 
 
+@dataclass
+class _Suspect:
+    """A session whose memory is counted exactly."""
+
+    session: int
+    left: dict[int, int]
+    """Processes not counted yet -> resident bytes."""
+    used: int
+
+
 class Watch:
     def __init__(self, *, memory: int, cpu_seconds: float):
         """`memory`: bytes of a session; `cpu_seconds`: of a session, from a call's begin to the next one's."""
         self._memory = memory
         self._cpu_seconds = cpu_seconds
         self._accounts: dict[int, _Account] = {}
+        self._suspects: list[_Suspect] = []
         self._looked = self._due = time.monotonic()
+        self._cost = 0.0
 
     def renew(self, session: int) -> None:
         """A call begins."""
         if not self._accounts:
             self._looked = time.monotonic()
-            self._due = self._looked + PERIOD
+            self._due = self._looked + SHORTEST
         self._accounts.setdefault(session, _Account()).cpu = 0.0
 
     def forget(self, session: int) -> None:
         self._accounts.pop(session, None)
 
     def wait(self) -> float:
-        """Seconds until the next look."""
+        """Seconds until there is something to do."""
         return max(self._due - time.monotonic(), 0.0)
 
-    def look(self, sessions: Mapping[int, int]) -> dict[int, str]:
-        """What sessions (number -> first process) have used too much of: "memory" or "CPU time"."""
-        begun = time.monotonic()
-        since, self._looked = begun - self._looked, begun
+    def advance(self, sessions: Mapping[int, int]) -> dict[int, str]:
+        """Does the next piece of a look at sessions (number -> first process).
+
+        Returns: what some of them have used too much of, "memory" or "CPU time".
+        """
+        begun = time.process_time()
+        spent = self._examine() if self._suspects else self._look(sessions)
+        self._cost += time.process_time() - begun
+        if not self._suspects:
+            self._due = time.monotonic() + min(max(self._cost / SHARE, SHORTEST), LONGEST)
+            self._cost = 0.0
+        return spent
+
+    def _look(self, sessions: Mapping[int, int]) -> dict[int, str]:
+        now = time.monotonic()
+        since, self._looked = now - self._looked, now
         found = _processes()
         below: dict[int, list[int]] = {}
         for number, process in found.items():
@@ -73,13 +98,24 @@ class Watch:
         spent: dict[int, str] = {}
         for session, first in sessions.items():
             own = {number: found[number] for number in _descendants(first, below) if number in found}
+            resident = {number: process.resident for number, process in own.items()}
+            sockets = _sockets(first) * SOCKET_BYTES if len(own) > 1 else 0
             if self._charged(session, own, since) > self._cpu_seconds:
                 spent[session] = "CPU time"
-            elif sum(process.resident for process in own.values()) > self._memory and _used(own) > self._memory:
-                spent[session] = "memory"
-        ended = time.monotonic()
-        self._due = ended + max(PERIOD, (ended - begun) / SHARE)
+            elif sum(resident.values()) + sockets > self._memory:
+                self._suspects.append(_Suspect(session, resident, sockets))
         return spent
+
+    def _examine(self) -> dict[int, str]:
+        suspect = self._suspects[-1]
+        if suspect.left:
+            suspect.used += _used(*suspect.left.popitem())
+        if suspect.used > self._memory:
+            self._suspects.pop()
+            return {suspect.session: "memory"}
+        if not suspect.left:
+            self._suspects.pop()
+        return {}
 
     def _charged(self, session: int, processes: Mapping[int, _Process], since: float) -> float:
         """CPU seconds of the session's call, after those of this look."""
@@ -91,7 +127,7 @@ class Watch:
             elif process.running:
                 # Processes that come and go between two looks leave no other trace: the one that is seen stands for
                 # those that were not.
-                account.cpu += max(since, process.cpu * TICK)
+                account.cpu += max(since * _share_on_cpu(number), process.cpu * TICK)
             else:
                 account.cpu += process.cpu * TICK
         account.ticks = {number: process.cpu for number, process in processes.items()}
@@ -122,23 +158,29 @@ def _descendants(first: int, below: Mapping[int, Iterable[int]]) -> set[int]:
     return found
 
 
-def _used(processes: Mapping[int, _Process]) -> int:
-    """Bytes that these processes use: what they share with each other once, what they share with others in part."""
-    used = sockets = 0
-    for number, process in processes.items():
-        try:
-            lines = _read(f"/proc/{number}/smaps_rollup").splitlines()
-        except PermissionError:
-            used += process.resident
-            continue
-        used += sum(int(line.split()[1]) << 10 for line in lines if line.startswith((b"Pss:", b"SwapPss:")))
-        # All of them are in one network.
-        sockets = sockets or max(_read(f"/proc/{number}/net/unix").count(b"\n") - 1, 0)
-    return used + sockets * SOCKET_BYTES
+def _share_on_cpu(process: int) -> float:
+    """Of the time that it wanted a CPU, the share in which it had one."""
+    figures = _read(f"/proc/{process}/schedstat").split()
+    had, waited = (int(figures[0]), int(figures[1])) if figures else (0, 0)
+    return (had + 1) / (had + waited + 1)
+
+
+def _sockets(process: int) -> int:
+    """In its network, which all processes of its session share."""
+    return max(_read(f"/proc/{process}/net/unix").count(b"\n") - 1, 0)
+
+
+def _used(process: int, resident: int) -> int:
+    """Bytes: its own, and its part of what it shares with others. `resident`: where that can not be known."""
+    try:
+        lines = _read(f"/proc/{process}/smaps_rollup").splitlines()
+    except PermissionError:
+        return resident
+    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith((b"Pss:", b"SwapPss:")))
 
 
 def _read(path: str) -> bytes:
-    """Nothing where the process is gone."""
+    """Nothing where the process is gone, or the kernel has no such file."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except (FileNotFoundError, ProcessLookupError):

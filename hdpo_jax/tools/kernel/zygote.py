@@ -115,9 +115,10 @@ class Zygote:
             if self._control.fileno() in ready and not self._obey():
                 return
             if self._sessions and not self._watch.wait():
-                for session, reason in self._watch.look(self._sessions).items():
-                    self._killed.setdefault(session, reason)
-                    self._kill(session)
+                for session, reason in self._watch.advance(self._sessions).items():
+                    if session in self._sessions:
+                        self._killed.setdefault(session, reason)
+                        self._kill(session)
 
     def _obey(self) -> bool:
         """One request of the host; False when the host is gone."""
