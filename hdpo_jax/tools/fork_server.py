@@ -45,7 +45,8 @@ class End:
     status: int
     """A wait status."""
     reason: str
-    """What it used too much of ("memory", "CPU time"), or what kept it from starting; empty: neither."""
+    """What it used too much of ("memory", "CPU time"), "closed" when it lived on until it was closed, or what kept it
+    from starting; empty: it ended by itself."""
 
 
 class ForkServer:

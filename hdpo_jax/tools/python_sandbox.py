@@ -132,9 +132,9 @@ class PythonSession:
                     return self._restarted(f"{self._timed_out()} and did not react to an interrupt")
             answer = self._answer(kernel, token)
         except frames.DeadlineError:
-            return self._restarted(self._timed_out())
+            return self._restarted("The Python process did not take its code, or began an answer and did not end it")
         except frames.FrameError as error:
-            return self._restarted(f"The Python process can not go on: {_sound(str(error))}")
+            return self._restarted(f"The Python process had to be ended: {_sound(' '.join(str(error).split()))}")
         except frames.Closed:
             return self._ended()
         # Code that was done when the interrupt came is done.
@@ -157,7 +157,7 @@ class PythonSession:
         if frame.token != token:
             raise frames.FrameError(str(header.get("failure", "an answer that was not asked for"))[:200])
         text, ok, sizes, dropped = (header.get(key) for key in ("text", "ok", "sizes", "dropped"))
-        if not isinstance(text, str) or not isinstance(ok, bool) or type(dropped) is not int:
+        if not isinstance(text, str) or not isinstance(ok, bool) or type(dropped) is not int or dropped < 0:
             raise frames.FrameError("an answer without text")
         if not isinstance(sizes, list) or len(sizes) != len(frame.blobs) or len(sizes) > config.max_images:
             raise frames.FrameError("an answer with images that do not add up")
@@ -193,6 +193,8 @@ class PythonSession:
             case "CPU time":
                 most = f"{config.timeout_seconds * CPU_FACTOR:g} s"
                 return f"too much CPU time; it and what it started may use {most} together until the next call"
+            case "closed":
+                return "it closed the connection on which it is asked"
             case "" if number:
                 hint = ", perhaps because the machine is out of memory" if number == signal.SIGKILL else ""
                 return f"signal {number} ({signal.strsignal(number)}{hint})"

@@ -58,7 +58,8 @@ class End:
     status: int = 0
     """A wait status."""
     reason: str = ""
-    """What it used too much of, or what kept it from starting; empty: it ended by itself, or was closed."""
+    """What it used too much of ("memory", "CPU time"), "closed" when it lived on until it was closed, or what kept it
+    from starting; empty: it ended by itself."""
 
 
 class Zygote:
@@ -76,7 +77,7 @@ class Zygote:
         self._closing: dict[int, int | None] = {}
         """Sessions that are closed but not gone yet -> descriptor on which the host waits for it."""
         self._killed: dict[int, str] = {}
-        """Sessions that are killed but not gone yet -> what they used too much of."""
+        """Sessions that are killed but not gone yet -> why."""
         self._namespace = os.open("/proc/self/ns/pid", os.O_RDONLY) if settings.isolated else -1
         self._forbidden = seccomp.program() if settings.isolated else None
         self._session = Session(output_chars=settings.output_chars, max_images=settings.max_images)
@@ -175,6 +176,7 @@ class Zygote:
         self._reap()
         if session in self._sessions:
             self._closing[session] = descriptor
+            self._killed.setdefault(session, "closed")
             self._kill(session)
         else:
             self._finish(session, descriptor, self._ended.pop(session, End()))
@@ -198,7 +200,8 @@ class Zygote:
                 continue
             del self._sessions[session]
             self._watch.forget(session)
-            end = End(status=status, reason=self._killed.pop(session, ""))
+            reason = self._killed.pop(session, "")
+            end = End(status=status, reason=reason if _killed(status) else "")
             if session in self._closing:
                 self._finish(session, self._closing.pop(session), end)
             else:
@@ -268,6 +271,10 @@ class Zygote:
             answer = {"text": reply.text, "ok": reply.ok, "dropped": reply.shown.dropped}
             answer["sizes"] = [size for size, _ in shown]
             frames.send(connection, bytes(token), answer, [pixels for _, pixels in shown])
+
+
+def _killed(status: int) -> bool:
+    return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
 
 
 def _answer(descriptor: int | None, answer: dict[str, Any]) -> None:
