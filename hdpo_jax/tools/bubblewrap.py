@@ -26,6 +26,12 @@ INSTEAD = (
 )
 
 
+def with_a_way_out(problem: str) -> str:
+    """What keeps the sandbox from working here, and what to take instead, in one line."""
+    problem = " ".join(problem.split()).rstrip(".")
+    return f"{f'namespaces are forbidden here ({problem})' if 'namespace' in problem else problem}; {INSTEAD}"
+
+
 def python_folders() -> tuple[Path, ...]:
     """The folders that hold this Python and its packages, without those that others contain."""
     prefixes = {Path(sys.prefix), Path(sys.base_prefix), Path(sys.exec_prefix)}
@@ -87,7 +93,8 @@ def sandboxed(command: Sequence[str], variables: Mapping[str, str], *, report: i
     """
     program = shutil.which("bwrap")
     if program is None:
-        raise ConfigError(f"bubblewrap (bwrap) is not installed, so model-written code can not be isolated: {INSTEAD}")
+        problem = "bubblewrap (bwrap) is not installed, so model-written code can not be isolated"
+        raise ConfigError(with_a_way_out(problem))
     arguments = [program, "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"]
     arguments += ["--as-pid-1", "--new-session", "--hostname", "sandbox", "--clearenv", "--cap-drop", "ALL"]
     # For the namespaces of sessions, and to see what their processes use.

@@ -186,13 +186,8 @@ class ForkServer:
                 self._kill()
                 log.seek(0)
                 said = log.read().decode(errors="replace").strip().splitlines() or ["no answer"]
-                reason = said[-1].rstrip(".")
-                if isolated and "namespace" in reason:
-                    reason = f"user namespaces are forbidden here ({reason})"
-                instead = f"; {bubblewrap.INSTEAD}" if isolated else ""
-                raise ConfigError(
-                    f"the python tool's sandbox ({self._config.sandbox}) does not start: {reason}{instead}"
-                )
+                reason = bubblewrap.with_a_way_out(said[-1]) if isolated else said[-1]
+                raise ConfigError(f"the python tool's sandbox ({self._config.sandbox}) does not start: {reason}")
 
     def _command(self, isolated: bool, control: int, host: int, reporter: int) -> tuple[list[str], dict[str, str]]:
         """The server's command line and its environment."""

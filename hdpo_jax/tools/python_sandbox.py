@@ -16,7 +16,7 @@ from PIL import Image
 from rich.console import Console
 
 from hdpo_jax.config import ConfigError, ToolsConfig
-from hdpo_jax.tools.bubblewrap import INSTEAD
+from hdpo_jax.tools.bubblewrap import with_a_way_out
 from hdpo_jax.tools.fork_server import CPU_FACTOR, End, ForkServer, Kernel, ServerLost
 from hdpo_jax.tools.kernel import frames
 from hdpo_jax.tools.kernel.pictures import CALL_PIXELS, MAX_PIXELS
@@ -112,8 +112,8 @@ class PythonSession:
         """Runs a line of code in a session of its own. Raises ConfigError when sessions do not work here."""
         observation = self.call({"code": "print(6 * 7)"})
         if observation.text.strip() != "42":
-            problem = " ".join(observation.text.split()).strip("[]").removesuffix(f". {self._state_lost()}")
-            raise ConfigError(f"the python tool's sessions do not start here: {problem}; {INSTEAD}")
+            problem = observation.text.strip("[]\n").removesuffix(f". {self._state_lost()}")
+            raise ConfigError(f"the python tool's sessions do not start here: {with_a_way_out(problem)}")
 
     def _run(self, code: str) -> Observation:
         token = os.urandom(frames.TOKEN_BYTES)

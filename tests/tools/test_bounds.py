@@ -176,41 +176,36 @@ class TestBetweenCalls:
     def session(self, patient) -> PythonSession:
         return patient
 
-    def test_late_output_is_marked(self, session):
-        code = """
-import os, subprocess, threading, time
-def later():
-    while not os.path.exists('/tmp/go'): time.sleep(0.01)
-    print('from a thread')
-    display(Image.new('RGB', (2, 3)))
-    os.mkdir('/tmp/went')
-thread = threading.Thread(target=later)
-thread.start()
-script = 'while ! test -e /tmp/went; do sleep 0.01; done; echo from a process; echo > /tmp/done'
-child = subprocess.Popen(script, shell=True)
-print('now')
-"""
-        assert text_of(session, code + "open('/tmp/go', 'w').close()\nthread.join(0)").startswith("now")
-        # What it prints by the end of this call is of this call, or late: which of the two is up to the scheduler.
-        waiting = "while not os.path.exists('/tmp/done'): time.sleep(0.01)"
-        assert session.call({"code": waiting}).ok
+    @pytest.mark.parametrize(
+        "start",
+        [
+            "threading.Thread(target=lambda: (time.sleep(0.3), print('late'))).start()",
+            "subprocess.Popen('sleep 0.3; echo late', shell=True)\n;",
+            "subprocess.Popen('(setsid sh -c \"sleep 0.3; echo late\" &)', shell=True)\n;",
+        ],
+        ids=["thread", "process", "daemon"],
+    )
+    def test_what_is_printed_after_a_call_is_told_at_the_next(self, session, start: str):
+        assert text_of(session, f"import subprocess, threading, time\nprint('at once')\n{start}") == "at once"
+        time.sleep(2)
+        assert text_of(session, "print('next')") == (
+            "late\n[The above was printed after the last call had returned.]\nnext"
+        )
+        assert text_of(session, "print('quiet')") == "quiet"
 
-    def test_what_came_between_two_calls_stands_first(self, session):
+    def test_what_is_shown_after_a_call_is_there_at_the_next(self, session):
         code = """
 import threading, time
 def later():
     time.sleep(0.3)
-    print('late')
     display(Image.new('RGB', (2, 3)))
 threading.Thread(target=later).start()
-print('at once')
+Image.new('RGB', (1, 1))
 """
-        assert text_of(session, code) == "at once"
+        assert [image.size for image in session.call({"code": code}).images] == [(1, 1)]
         time.sleep(2)
-        observation = session.call({"code": "print('next')"})
-        assert observation.text == "late\n[The above was printed after the last call had returned.]\nnext"
-        assert [image.size for image in observation.images] == [(2, 3)]
-        assert text_of(session, "print('quiet')") == "quiet"
+        assert [image.size for image in session.call({"code": "1"}).images] == [(2, 3)]
+        assert not session.call({"code": "1"}).images
 
     def test_a_flood_between_the_calls_is_cut(self, session):
         code = """

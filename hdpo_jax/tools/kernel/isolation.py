@@ -93,7 +93,7 @@ def confine(limits: Limits, session: int, forbidden: Program) -> None:
         os.setgroups([])
         os.setresgid(user, user, user)
         os.setresuid(user, user, user)
-    _check(_libc.unshare(CLONE_NEWUSER), "user namespaces are forbidden here")
+    _check(_libc.unshare(CLONE_NEWUSER), "a user namespace")
     # No further namespaces: they would hand out capabilities again.
     for name, bound in COUNTED.items():
         with contextlib.suppress(FileNotFoundError):  # the kernel has no such kind

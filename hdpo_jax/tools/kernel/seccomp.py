@@ -3,6 +3,7 @@
 import ctypes
 import errno
 import platform
+from collections.abc import Sequence
 
 from . import syscalls
 
@@ -30,7 +31,11 @@ def program(machine: str = platform.machine()) -> Program:
     if machine not in MACHINES:
         known = " and ".join(MACHINES)
         raise OSError(errno.ENOSYS, f"system calls can be filtered on {known}; found {machine}")
-    steps = _steps(list(MACHINES).index(machine), MACHINES[machine])
+    return assembled(_steps(list(MACHINES).index(machine), MACHINES[machine]))
+
+
+def assembled(steps: Sequence[Step]) -> Program:
+    """As the kernel takes it."""
     return Program(len(steps), (_Instruction * len(steps))(*(_Instruction(*step) for step in steps)))
 
 
