@@ -23,7 +23,7 @@ from hdpo_jax.tools.kernel.pictures import CALL_PIXELS, MAX_PIXELS
 from hdpo_jax.tools.protocol import PYTHON_SCHEMA, Subject
 from hdpo_jax.types import Observation
 
-INTERRUPT_SECONDS = 1.0
+INTERRUPT_SECONDS = 2.0
 """How long interrupted code may take to give up before its session is killed."""
 TRANSFER_SECONDS = 10.0
 """How long an answer may take from its first byte to its last."""

@@ -209,6 +209,18 @@ def test_a_slow_call_is_interrupted_and_keeps_its_state(box, config, picture):
     session.close()
 
 
+def test_an_interrupt_does_not_hit_the_next_call(box, config):
+    """Code that ends just when its time is up: it is interrupted or not, the call after it never."""
+    config = dataclasses.replace(config, timeout_seconds=0.1)
+    session = PythonSession(config, python_tool(box).server, threading.BoundedSemaphore(), [])
+    session.call({"code": "import time"})
+    for number in range(20):
+        session.call({"code": f"time.sleep({0.09 + number / 1000})"})
+        following = session.call({"code": "for _ in range(10): time.sleep(0.001)"})
+        assert following.ok or "longer than" in following.text, following.text
+    session.close()
+
+
 def test_code_that_ignores_interrupts_is_killed_and_the_text_says_so(box, config, picture):
     session = hasty(box, config, [picture])
     session.call({"code": "x = 1; image_1 = None"})

@@ -264,7 +264,7 @@ class Session:
             try:
                 names[f"image_{number}"] = opened(data)
             except Exception as error:
-                print(f"image_{number} is missing: {error}")
+                print(f"image_{number} is missing: {str(error) or type(error).__name__}")
         self._shell.user_ns.update(names)
 
     def run(self, code: str) -> Reply:
