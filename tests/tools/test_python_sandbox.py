@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from hdpo_jax.config import ToolsConfig
-from hdpo_jax.tools import Subject, ToolBox, python_sandbox
+from hdpo_jax.tools import Subject, ToolBox, fork_server, python_sandbox
 from hdpo_jax.tools.python_sandbox import PythonSession, PythonTool
 from hdpo_jax.types import ToolCall
 
@@ -355,3 +355,16 @@ def test_the_fork_server_is_replaced_when_it_dies(config):
         assert observation.lost and not observation.ok and "All variables are lost" in observation.text
         assert untouched.call({"code": "1 + 1"}).text == "2"
         assert old.call({"code": "1 + 2"}).text == "3"
+
+
+def test_the_fork_server_is_replaced_when_it_hangs(config, monkeypatch):
+    monkeypatch.setattr(fork_server, "ANSWER_SECONDS", 0.5)
+    with ToolBox(config) as box:
+        session = python_tool(box).open(Subject())
+        session.call({"code": "x = 1"})
+        os.kill(python_tool(box).server.process_id, signal.SIGSTOP)
+        # What it does not need the server for goes on.
+        assert session.call({"code": "x"}).text == "1"
+        observation = session.call({"code": "import os; os._exit(0)"})
+        assert observation.lost and "All variables are lost" in observation.text
+        assert session.call({"code": "1 + 1"}).text == "2"

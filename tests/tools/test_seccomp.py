@@ -31,6 +31,8 @@ def decided(machine: str, number: int, *arguments: int, architecture: int | None
         match step.code:
             case seccomp.LOAD:
                 (accumulator,) = struct.unpack_from("<I", data, step.k)
+            case seccomp.MASK:
+                accumulator &= step.k
             case seccomp.EQUAL:
                 place += step.yes if accumulator == step.k else step.no
             case seccomp.AT_LEAST:
@@ -87,6 +89,10 @@ class TestDecisions:
         # Netlink, packet, the kernel's ciphers, vsock; and the upper half of the argument, which the kernel drops.
         for family in (16, 17, 38, 40, 1 << 32 | 16):
             assert decided(machine, create, family, 3, 0) == decided(machine, pair, family, 3, 0) == "EAFNOSUPPORT"
+        # Raw ones, and DCCP; the flags beside the kind are the kernel's to read.
+        for kind in (3, 4, 6, 10, 0x80806):
+            assert decided(machine, create, 2, kind, 0) == "ESOCKTNOSUPPORT"
+        assert decided(machine, create, 1, 0x80805, 0) == ALLOWED
         # SCTP, MPTCP.
         assert decided(machine, create, 2, 1, 132) == decided(machine, create, 10, 1, 262) == "EPROTONOSUPPORT"
 
@@ -94,6 +100,9 @@ class TestDecisions:
         ioctl = number(machine, "ioctl")
         assert decided(machine, ioctl, 0, 0x5412) == decided(machine, ioctl, 0, 1 << 32 | 0x5412) == "EPERM"
         assert decided(machine, ioctl, 0, 0x5413) == ALLOWED
+        fcntl = number(machine, "fcntl")
+        assert decided(machine, fcntl, 0, 1024, 0) == decided(machine, fcntl, 0, 1026, 0) == "EPERM"
+        assert decided(machine, fcntl, 0, 1030) == decided(machine, fcntl, 0, 6) == ALLOWED
         personality = number(machine, "personality")
         assert decided(machine, personality, 0x0040000) == "EPERM"
         assert decided(machine, personality, 0xFFFF_FFFF) == ALLOWED

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from . import syscalls
 
 ALLOW, KILL, ERROR = 0x7FFF_0000, 0x8000_0000, 0x0005_0000
-LOAD, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+LOAD, MASK, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x54, 0x15, 0x35, 0x45, 0x06
 NUMBER, ARCHITECTURE, ARGUMENTS = 0, 4, 16  # offsets in struct seccomp_data
 MACHINES = {"x86_64": 0xC000_003E, "aarch64": 0xC000_00B7}
 
@@ -45,10 +45,12 @@ def _steps(column: int, architecture: int) -> list[Step]:
         "clone": [*_load(0), (ANY_BIT, 0, 1, syscalls.NAMESPACES), *_error(errno.EPERM)],
         "socket": [
             *_none_but(0, syscalls.SOCKETS, errno.EAFNOSUPPORT),
+            *_none_but(1, syscalls.KINDS, errno.ESOCKTNOSUPPORT, mask=0xF),
             *_none_but(2, syscalls.TRANSPORTS, errno.EPROTONOSUPPORT),
         ],
         "socketpair": _none_but(0, syscalls.SOCKETS, errno.EAFNOSUPPORT),
         "ioctl": _all_but(1, syscalls.TERMINALS, errno.EPERM),
+        "fcntl": _all_but(1, syscalls.LEASES, errno.EPERM),
         "personality": _none_but(0, syscalls.PERSONALITIES, errno.EPERM),
         "setrlimit": _all_but(0, (syscalls.RLIMIT_CORE,), errno.EPERM),
         "prlimit64": _all_but(1, (syscalls.RLIMIT_CORE,), errno.EPERM),
@@ -71,9 +73,9 @@ def _load(argument: int) -> list[Step]:
     return [(LOAD, 0, 0, ARGUMENTS + 8 * argument)]
 
 
-def _none_but(argument: int, values: tuple[int, ...], error: int) -> list[Step]:
+def _none_but(argument: int, values: tuple[int, ...], error: int, mask: int = 0xFFFF_FFFF) -> list[Step]:
     tests = [(EQUAL, len(values) - place, 0, value) for place, value in enumerate(values)]
-    return [*_load(argument), *tests, *_error(error)]
+    return [*_load(argument), (MASK, 0, 0, mask), *tests, *_error(error)]
 
 
 def _all_but(argument: int, values: tuple[int, ...], error: int) -> list[Step]:

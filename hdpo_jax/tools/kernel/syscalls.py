@@ -103,10 +103,15 @@ NAMESPACES = 0x7E02_0080
 SOCKETS = (1, 2, 10)
 """Address families: UNIX, IPv4, IPv6. The rest (netlink, packet, vsock, the kernel's ciphers…) is kernel code that
 hardly anyone else runs, loaded at the first call."""
+KINDS = (1, 2, 5)
+"""Of sockets: stream, datagram, sequence of packets. Others are of protocols that are loaded for them."""
 TRANSPORTS = (0, 1, 6, 17)
 """Protocols of a socket: its family's own, ICMP (UNIX sockets may say so too), TCP, UDP."""
 TERMINALS = (0x5412, 0x541C, 0x541D, 0x5423)
 """Requests of `ioctl` that type into a terminal or take it over: TIOCSTI, TIOCLINUX, TIOCCONS, TIOCSETD."""
+LEASES = (1024, 1026)
+"""Requests of `fcntl` that make others wait who open a file, the host's processes among them, or tell of them:
+F_SETLEASE, F_NOTIFY."""
 PERSONALITIES = (0, 0xFFFF_FFFF)
 """The usual one, and the question which it is."""
 RLIMIT_CORE = 4
@@ -117,6 +122,7 @@ CONDITIONAL = {
     "socket": (41, 198),
     "socketpair": (53, 199),
     "ioctl": (16, 29),
+    "fcntl": (72, 25),
     "personality": (135, 92),
     "setrlimit": (160, 164),
     "prlimit64": (302, 261),

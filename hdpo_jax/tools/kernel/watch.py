@@ -160,37 +160,39 @@ def _descendants(first: int, below: Mapping[int, Iterable[int]]) -> set[int]:
 
 def _share_on_cpu(process: int) -> float:
     """Of the time that it wanted a CPU, the share in which it had one."""
-    figures = _read(f"/proc/{process}/schedstat").split()
+    figures = (_read(f"/proc/{process}/schedstat") or b"").split()
     had, waited = (int(figures[0]), int(figures[1])) if figures else (0, 0)
     return (had + 1) / (had + waited + 1)
 
 
 def _sockets(process: int) -> int:
     """In its network, which all processes of its session share."""
-    return max(_read(f"/proc/{process}/net/unix").count(b"\n") - 1, 0)
+    return max((_read(f"/proc/{process}/net/unix") or b"").count(b"\n") - 1, 0)
 
 
 def _used(process: int, resident: int) -> int:
     """Bytes: its own, and its part of what it shares with others. `resident`: where that can not be known."""
-    try:
-        lines = _read(f"/proc/{process}/smaps_rollup").splitlines()
-    except PermissionError:
+    text = _read(f"/proc/{process}/smaps_rollup")
+    if text is None:
         return resident
+    lines = text.splitlines()
     return sum(int(line.split()[1]) << 10 for line in lines if line.startswith((b"Pss:", b"SwapPss:")))
 
 
-def _read(path: str) -> bytes:
-    """Nothing where the process is gone, or the kernel has no such file."""
+def _read(path: str) -> bytes | None:
+    """Empty where the process is gone, or the kernel has no such file; None where it may not be read."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
-    except (FileNotFoundError, ProcessLookupError):
+    except PermissionError:
+        return None
+    except OSError:
         return b""
     try:
         pieces = []
         while piece := os.read(descriptor, 65_536):
             pieces.append(piece)
         return b"".join(pieces)
-    except ProcessLookupError:
+    except OSError:
         return b""
     finally:
         os.close(descriptor)

@@ -183,7 +183,8 @@ class Zygote:
 
     def _finish(self, session: int, descriptor: int | None, end: End) -> None:
         if not self._settings.isolated:
-            shutil.rmtree(self._folder(session), ignore_errors=True)
+            with contextlib.suppress(RecursionError):
+                shutil.rmtree(self._folder(session), ignore_errors=True)
         _answer(descriptor, asdict(end))
 
     def _reap(self) -> None:
