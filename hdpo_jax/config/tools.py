@@ -90,9 +90,14 @@ class ToolsConfig:
     workers: int = 8
     """Tool calls that run at a time."""
     timeout_seconds: float = 20.0
+    """Wall time of a call of the python tool. Of CPU time a session has four times as much from one call to the next.
+    """
     memory_mb: int = 1_024
+    """Of a session of the python tool, all its processes together."""
     processes: int = 32
+    """And threads of a session."""
     disk_mb: int = 64
+    """Files of a session, which lie in memory too."""
     output_chars: int = 65_536
     max_images: int = 8
     """Images one call may return; the rest are dropped whole, and the observation says so."""

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hdpo_jax.config import ConfigError
+from hdpo_jax.tools.kernel.users import spare_user
 
 KERNEL = Path(__file__).parent / "kernel"
 KERNEL_INSIDE = "/kernel/kernel"
@@ -16,12 +17,25 @@ NEEDED = ("numpy", "PIL", "IPython", "matplotlib")
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
 SETTINGS = ("/etc/ld.so.cache", "/etc/alternatives", "/etc/fonts", "/etc/localtime")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
-INSTALL = "install it (apt-get install bubblewrap) or, for code that you trust, pass --tools.sandbox none"
+PARTS = ("bin", "lib", "lib64", "share")
+"""Of a Python installation; settings that lie beside them (pip.conf) may hold passwords."""
+INSTEAD = (
+    "it needs bubblewrap (apt-get install bubblewrap) and user namespaces; instead take a tool server elsewhere "
+    "(--tools.servers http://HOST:PORT of `hdpo serve-tools`) or --tools.sandbox none: inside gVisor (runsc), or for "
+    "code that you trust"
+)
+
+
+def with_a_way_out(problem: str) -> str:
+    """What keeps the sandbox from working here, and what to take instead, in one line."""
+    problem = " ".join(problem.split()).rstrip(".")
+    return f"{f'namespaces are forbidden here ({problem})' if 'namespace' in problem else problem}; {INSTEAD}"
 
 
 def python_folders() -> tuple[Path, ...]:
     """The folders that hold this Python and its packages, without those that others contain."""
-    found = {Path(sys.prefix), Path(sys.base_prefix), Path(sys.exec_prefix)}
+    prefixes = {Path(sys.prefix), Path(sys.base_prefix), Path(sys.exec_prefix)}
+    found = {prefix / part for prefix in prefixes for part in PARTS if (prefix / part).is_dir()}
     for name in NEEDED:
         spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None:
@@ -79,12 +93,14 @@ def sandboxed(command: Sequence[str], variables: Mapping[str, str], *, report: i
     """
     program = shutil.which("bwrap")
     if program is None:
-        raise ConfigError(f"bubblewrap (bwrap) is not installed, so model-written code can not be isolated: {INSTALL}")
+        problem = "bubblewrap (bwrap) is not installed, so model-written code can not be isolated"
+        raise ConfigError(with_a_way_out(problem))
     arguments = [program, "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"]
     arguments += ["--as-pid-1", "--new-session", "--hostname", "sandbox", "--clearenv", "--cap-drop", "ALL"]
-    arguments += ["--cap-add", "CAP_SYS_ADMIN"]
-    if os.geteuid() == 0:
-        # Root needs no user namespace here: sessions become "nobody", whom the kernel can hold to a process limit.
+    # For the namespaces of sessions, and to see what their processes use.
+    arguments += ["--cap-add", "CAP_SYS_ADMIN", "--cap-add", "CAP_SYS_PTRACE"]
+    if spare_user(0) is not None:
+        # Root needs no user namespace here: sessions become others, whom the kernel can hold to a process limit.
         for capability in ("CAP_SETUID", "CAP_SETGID", "CAP_KILL"):
             arguments += ["--cap-add", capability]
     else:

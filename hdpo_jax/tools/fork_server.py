@@ -9,7 +9,6 @@ import socket
 import subprocess
 import tempfile
 import threading
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,8 @@ from hdpo_jax.tools import bubblewrap
 START_SECONDS = 60.0
 ANSWER_SECONDS = 10.0
 CPU_FACTOR = 4
-"""CPU seconds a call may use for each second of its timeout: several threads may work."""
+"""CPU seconds that a session may use from one call to the next, for each second of a call's timeout: several of its
+threads and processes may work."""
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +36,17 @@ class Kernel:
     connection: socket.socket
     server: int
     """Which start of the server made it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class End:
+    """How a session ended."""
+
+    status: int
+    """A wait status."""
+    reason: str
+    """What it used too much of ("memory", "CPU time"), "closed" when it lived on until it was closed, or what kept it
+    from starting; empty: it ended by itself."""
 
 
 class ForkServer:
@@ -78,11 +89,15 @@ class ForkServer:
                     raise ServerLost("the fork server does not answer")
             return Kernel(number=self._numbers, connection=ours, server=self._starts)
 
-    def interrupt(self, kernel: Kernel) -> None:
-        """Ctrl-C for what the session runs."""
+    def begin(self, kernel: Kernel) -> None:
+        """A call begins: what the session may use is counted anew."""
         with self._lock:
             if kernel.server == self._starts:
-                self._send({"do": "interrupt", "session": kernel.number})
+                self._send({"do": "call", "session": kernel.number})
+
+    def interrupt(self, kernel: Kernel) -> None:
+        """Ctrl-C for what the session runs. Returns when it is sent, so that it does not hit a later call."""
+        self._ask(kernel, "interrupt")
 
     def close(self, kernel: Kernel) -> None:
         """Kills the session and everything it started; does not wait."""
@@ -91,22 +106,31 @@ class ForkServer:
             if kernel.server == self._starts:
                 self._send({"do": "close", "session": kernel.number})
 
-    def end(self, kernel: Kernel) -> int | None:
-        """Closes the session, waits until it is gone and says how it ended.
+    def end(self, kernel: Kernel) -> End | None:
+        """Closes the session, waits until it is gone and says how it ended; None when that can not be known.
 
-        Returns: a wait status; None when the server is gone, or hangs: then it is killed.
+        A server that does not answer is killed, so that a new one can start.
         """
         kernel.connection.close()
-        with self._lock:
-            if kernel.server != self._starts or not self._alive():
-                return None
-            if not self._send({"do": "end", "session": kernel.number}):
-                return None
-            while (answer := self._receive(ANSWER_SECONDS)) is not None:
-                if answer.get("session") == kernel.number:
-                    return int(answer["status"])
-            self._kill()
-            return None
+        answer = self._ask(kernel, "close")
+        if answer is not None:
+            return End(**answer)
+        if self._ask(kernel, "interrupt") is None:
+            with self._lock:
+                if kernel.server == self._starts:
+                    self._kill()
+        return None
+
+    def _ask(self, kernel: Kernel, request: str) -> dict[str, Any] | None:
+        """The server's answer; None when there is none in time. Others may use the server meanwhile."""
+        ours, theirs = socket.socketpair()
+        with ours:
+            with theirs, self._lock:
+                if kernel.server != self._starts or not self._alive():
+                    return None
+                if not self._send({"do": request, "session": kernel.number}, theirs.fileno()):
+                    return None
+            return _received(ours, ANSWER_SECONDS)
 
     def stop(self) -> None:
         """Ends the server and with it every session."""
@@ -153,7 +177,7 @@ class ForkServer:
             # bubblewrap's own number, until it has told that of the server.
             self._process_id = self._process.pid
             theirs.close()
-            answer = self._receive(START_SECONDS)
+            answer = _received(self._control, START_SECONDS)
             os.set_blocking(report.fileno(), False)
             description = report.read() if isolated else None
             if description:
@@ -162,7 +186,7 @@ class ForkServer:
                 self._kill()
                 log.seek(0)
                 said = log.read().decode(errors="replace").strip().splitlines() or ["no answer"]
-                reason = f"{said[-1]}; {bubblewrap.INSTALL}" if isolated else said[-1]
+                reason = bubblewrap.with_a_way_out(said[-1]) if isolated else said[-1]
                 raise ConfigError(f"the python tool's sandbox ({self._config.sandbox}) does not start: {reason}")
 
     def _command(self, isolated: bool, control: int, host: int, reporter: int) -> tuple[list[str], dict[str, str]]:
@@ -187,7 +211,7 @@ class ForkServer:
             "processes": config.processes,
             "output_chars": config.output_chars,
             "max_images": config.max_images,
-            "cpu_seconds": int(config.timeout_seconds * CPU_FACTOR) + 1,
+            "cpu_seconds": config.timeout_seconds * CPU_FACTOR,
         }
 
     def _send(self, message: dict[str, Any], descriptor: int | None = None) -> bool:
@@ -202,17 +226,6 @@ class ForkServer:
             self._kill()
             return False
         return True
-
-    def _receive(self, seconds: float) -> dict[str, Any] | None:
-        if self._control is None:
-            return None
-        deadline = time.monotonic() + seconds
-        try:
-            self._control.settimeout(max(deadline - time.monotonic(), 0.001))
-            message = self._control.recv(4096)
-        except OSError:
-            return None
-        return json.loads(message) if message else None
 
     def _kill(self) -> None:
         if self._control is not None:
@@ -231,3 +244,13 @@ class ForkServer:
         if self._folder is not None:
             self._folder.cleanup()
             self._folder = None
+
+
+def _received(connection: socket.socket, seconds: float) -> dict[str, Any] | None:
+    """The next message; None when the other end is gone, or silent for so long."""
+    try:
+        connection.settimeout(seconds)
+        message = connection.recv(4096)
+    except OSError:
+        return None
+    return json.loads(message) if message else None

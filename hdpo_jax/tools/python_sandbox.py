@@ -16,18 +16,20 @@ from PIL import Image
 from rich.console import Console
 
 from hdpo_jax.config import ConfigError, ToolsConfig
-from hdpo_jax.tools.bubblewrap import INSTALL
-from hdpo_jax.tools.fork_server import ForkServer, Kernel, ServerLost
+from hdpo_jax.tools.bubblewrap import with_a_way_out
+from hdpo_jax.tools.fork_server import CPU_FACTOR, End, ForkServer, Kernel, ServerLost
 from hdpo_jax.tools.kernel import frames
-from hdpo_jax.tools.kernel.pictures import MAX_PIXELS
+from hdpo_jax.tools.kernel.pictures import CALL_PIXELS, MAX_PIXELS
 from hdpo_jax.tools.protocol import PYTHON_SCHEMA, Subject
 from hdpo_jax.tools.results import NO_OUTPUT
 from hdpo_jax.types import Observation
 
-INTERRUPT_SECONDS = 1.0
+INTERRUPT_SECONDS = 2.0
 """How long interrupted code may take to give up before its session is killed."""
 TRANSFER_SECONDS = 10.0
 """How long an answer may take from its first byte to its last."""
+MOST = 10**6
+"""Numbers that are told, from a session that may say any."""
 
 logger = logging.getLogger(__name__)
 
@@ -110,13 +112,15 @@ class PythonSession:
         """Runs a line of code in a session of its own. Raises ConfigError when sessions do not work here."""
         observation = self.call({"code": "print(6 * 7)"})
         if observation.text.strip() != "42":
-            problem = " ".join(observation.text.split())
-            raise ConfigError(f"the python tool's sessions do not start here: {problem}; {INSTALL}")
+            problem = observation.text.strip("[]\n").removesuffix(f". {self._state_lost()}")
+            raise ConfigError(f"the python tool's sessions do not start here: {with_a_way_out(problem)}")
 
     def _run(self, code: str) -> Observation:
         token = os.urandom(frames.TOKEN_BYTES)
         fresh = self._kernel is None
         kernel = self._kernel = self._kernel or self._server.open()
+        if not fresh:
+            self._server.begin(kernel)
         deadline = time.monotonic() + self._config.timeout_seconds
         late = False
         try:
@@ -128,9 +132,9 @@ class PythonSession:
                     return self._restarted(f"{self._timed_out()} and did not react to an interrupt", timed_out=True)
             answer = self._answer(kernel, token)
         except frames.DeadlineError:
-            return self._restarted(self._timed_out())
+            return self._restarted("The Python process did not take its code, or began an answer and did not end it")
         except frames.FrameError as error:
-            return self._restarted(f"The Python process sent {error}")
+            return self._restarted(f"The Python process had to be ended: {_sound(' '.join(str(error).split()))}")
         except frames.Closed:
             return self._ended()
         # Code that was done when the interrupt came is done.
@@ -145,22 +149,22 @@ class PythonSession:
         frame = frames.receive(
             kernel.connection,
             max_header=12 * config.output_chars + 65_536,
-            max_bytes=3 * MAX_PIXELS * config.max_images,
+            max_bytes=3 * CALL_PIXELS,
+            expected=token,
             deadline=time.monotonic() + TRANSFER_SECONDS,
         )
         header = frame.header
         if frame.token != token:
             raise frames.FrameError(str(header.get("failure", "an answer that was not asked for"))[:200])
         text, ok, sizes, dropped = (header.get(key) for key in ("text", "ok", "sizes", "dropped"))
-        if not isinstance(text, str) or not isinstance(ok, bool) or not isinstance(dropped, int):
+        if not isinstance(text, str) or not isinstance(ok, bool) or type(dropped) is not int or dropped < 0:
             raise frames.FrameError("an answer without text")
         if not isinstance(sizes, list) or len(sizes) != len(frame.blobs) or len(sizes) > config.max_images:
             raise frames.FrameError("an answer with images that do not add up")
         images = [_image(size, pixels) for size, pixels in zip(sizes, frame.blobs, strict=True)]
-        # Lone surrogates can be printed but not encoded.
-        text = text[: config.output_chars + 100].encode("utf-8", "replace").decode()
-        note = f"[{dropped} more images are left out: one call returns {config.max_images} at most.]" if dropped else ""
-        text = _lines(text, note)
+        most = f"{config.max_images}, and {CALL_PIXELS // 10**6} million pixels,"
+        note = f"[{min(dropped, MOST)} more images are left out: one call returns {most} at most.]" if dropped else ""
+        text = _lines(_sound(text[: config.output_chars + 200]), note)
         return Observation(text=text if text or images else NO_OUTPUT, images=images, ok=ok)
 
     def _timed_out(self) -> str:
@@ -174,12 +178,31 @@ class PythonSession:
 
     def _ended(self) -> Observation:
         """The process is gone: says why, and whose fault it is."""
-        status = self._end()
-        if status is None:
+        end = self._end()
+        if end is None:
             return self._server_lost()
-        return Observation(text=f"[The Python process ended: {_cause(status)}. {self._state_lost()}]", ok=False)
+        return Observation(text=f"[The Python process ended: {self._cause(end)}. {self._state_lost()}]", ok=False)
 
-    def _end(self) -> int | None:
+    def _cause(self, end: End) -> str:
+        """Why a process is gone, in words."""
+        config = self._config
+        number = os.WTERMSIG(end.status) if os.WIFSIGNALED(end.status) else 0
+        match end.reason:
+            case "memory":
+                return f"out of memory; it and what it started may use {config.memory_mb} MiB together"
+            case "CPU time":
+                most = f"{config.timeout_seconds * CPU_FACTOR:g} s"
+                return f"too much CPU time; it and what it started may use {most} together until the next call"
+            case "closed":
+                return "it closed the connection on which it is asked"
+            case "" if number:
+                hint = ", perhaps because the machine is out of memory" if number == signal.SIGKILL else ""
+                return f"signal {number} ({signal.strsignal(number)}{hint})"
+            case "":
+                return f"exit code {os.waitstatus_to_exitcode(end.status)}"
+        return f"it could not be started: {end.reason}"
+
+    def _end(self) -> End | None:
         kernel, self._kernel = self._kernel, None
         return None if kernel is None else self._server.end(kernel)
 
@@ -201,14 +224,9 @@ def _image(size: Any, pixels: bytearray) -> Image.Image:
     raise frames.FrameError("an answer with an image that does not add up")
 
 
-def _cause(status: int) -> str:
-    """What a wait status says, in words."""
-    if not os.WIFSIGNALED(status):
-        return f"exit code {os.waitstatus_to_exitcode(status)}"
-    number = os.WTERMSIG(status)
-    hints = {int(signal.SIGKILL): ", perhaps out of memory", int(signal.SIGXCPU): ", too much CPU time"}
-    hint = hints.get(number, "")
-    return f"signal {number} ({signal.strsignal(number)}{hint})"
+def _sound(text: str) -> str:
+    """Without lone surrogates, which can be printed but not encoded."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _lines(*parts: str) -> str:

@@ -35,6 +35,10 @@ def descendants(process: int) -> list[int]:
     return found[1:]
 
 
+def spaces(process: int, kinds: list[str]) -> dict[str, str]:
+    return {kind: os.readlink(f"/proc/{process}/ns/{kind}") for kind in kinds}
+
+
 def wait_until(condition, seconds: float = 30.0) -> bool:
     end = time.monotonic() + seconds
     while not (met := condition()) and time.monotonic() < end:
@@ -50,6 +54,22 @@ def server_of(box: ToolBox) -> int:
 
 @pytest.mark.requires_bwrap
 class TestSandbox:
+    def test_every_kind_of_namespace(self, box, run):
+        """None is the host's; those that a session could see another one through are its own."""
+        kinds = sorted(set(os.listdir("/proc/self/ns")) & {"cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts"})
+        with box.session([]) as one, box.session([]) as two:
+            assert run(one, "1").ok and run(two, "1").ok
+            found = [spaces(process, kinds) for process in (os.getpid(), *descendants(server_of(box)))]
+        host, *sessions = found
+        assert len(sessions) == 2 and len(kinds) >= 7
+        for kind in kinds:
+            assert host[kind] not in (sessions[0][kind], sessions[1][kind]), kind
+        shared = {kind for kind in kinds if sessions[0][kind] == sessions[1][kind]}
+        assert shared <= {"cgroup", "time"}
+
+    def test_nothing_of_the_machine_is_in_proc(self, session, run):
+        assert run(session, "import os; sorted(os.listdir('/proc'))").text == "['1', 'self', 'thread-self']"
+
     def test_no_network(self, session, run):
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
@@ -66,6 +86,14 @@ class TestSandbox:
             (tmp_path / "secret").write_text(SECRET)
             paths = [str(tmp_path / "secret"), at_home.name, temporary.name, str(repository / "pyproject.toml")]
             paths += ["/etc/passwd", "/etc/hostname", "/var", "/home", "/sys", "/run", "/proc/1/root/etc/passwd"]
+            paths += [
+                f"{sys.prefix}/pyvenv.cfg",
+                "/proc/cmdline",
+                "/proc/cpuinfo",
+                "/proc/keys",
+                "/proc/sys",
+                "/proc/net",
+            ]
             code = f"import os\n[path for path in {paths} if os.path.exists(path)]"
             assert run(session, code).text == "[]"
 
@@ -232,23 +260,63 @@ class TestWithoutSandbox:
             assert wait_until(lambda: not descendants(server_of(box)))
 
 
-def test_missing_bubblewrap_is_refused_in_one_line(monkeypatch, tmp_path):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ConfigError) as refusal:
-        ToolBox(ToolsConfig())
-    message = str(refusal.value)
-    assert "apt-get install bubblewrap" in message and "--tools.sandbox none" in message and "\n" not in message
+START = """
+import sys
+from hdpo_jax.config import ConfigError, ToolsConfig
+from hdpo_jax.tools import ToolBox
+try:
+    ToolBox(ToolsConfig())
+except ConfigError as error:
+    print(error)
+"""
+INSTEAD = ("apt-get install bubblewrap", "of `hdpo serve-tools`", "gVisor (runsc)", "--tools.sandbox none")
+NO_NAMESPACES = """
+import ctypes, os, sys
+from hdpo_jax.tools.kernel import seccomp
+NUMBERS = {"x86_64": (56, 435, 272), "aarch64": (220, 435, 97)}[os.uname().machine]
+clone = [*seccomp._load(0), (seccomp.ANY_BIT, 0, 1, FLAGS), *seccomp._error(1), *seccomp._allow()]
+blocks = dict(zip(NUMBERS, (clone, seccomp._error(38), seccomp._error(1))))
+steps = [(seccomp.LOAD, 0, 0, seccomp.NUMBER)]
+for number, block in blocks.items():
+    steps += [(seccomp.EQUAL, 0, len(block), number), *block]
+program = seccomp.assembled([*steps, *seccomp._allow()])
+libc = ctypes.CDLL(None)
+assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, ctypes.byref(program), 0, 0) == 0
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
 
 
-def test_bubblewrap_that_does_not_work_is_refused_in_one_line(monkeypatch, tmp_path):
-    program = tmp_path / "bwrap"
-    program.write_text("#!/bin/sh\necho 'bwrap: No permissions to create new namespace' >&2; exit 1\n")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ConfigError) as refusal:
-        ToolBox(ToolsConfig())
-    message = str(refusal.value)
-    assert "No permissions to create" in message and "--tools.sandbox none" in message and "\n" not in message
+class TestRefusals:
+    """Where model-written code can not be isolated, one line says so, and what to take instead."""
+
+    @pytest.mark.requires_bwrap
+    def test_no_more_user_namespaces(self):
+        script = 'echo 0 > /proc/sys/user/max_user_namespaces && exec "$0" -c "$1"'
+        message = refusal(["unshare", "--user", "--map-root-user", "bash", "-c", script, sys.executable, START])
+        assert "namespaces are forbidden here" in message
+
+    @pytest.mark.requires_bwrap
+    @pytest.mark.parametrize("flags", ["0x7E02_0080", "0"])
+    def test_a_filter_that_forbids_them(self, flags: str):
+        """As container runtimes have by default; and one that stops sessions alone."""
+        message = refusal([sys.executable, "-c", NO_NAMESPACES.replace("FLAGS", flags), "-c", START])
+        assert "namespaces are forbidden here" in message
+
+    def test_bubblewrap_is_missing(self, tmp_path):
+        message = refusal([sys.executable, "-c", START], PATH=str(tmp_path))
+        assert "bubblewrap (bwrap) is not installed" in message
+
+
+def refusal(command: list[str], **variables: str) -> str:
+    """The one line that a start of the tools in such an environment prints."""
+    root = Path(next(iter(hdpo_jax.__path__))).parent
+    environment = os.environ | {"PYTHONPATH": str(root)} | variables
+    printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    assert printed.returncode == 0, printed.stderr
+    (message,) = printed.stdout.splitlines()
+    for words in INSTEAD:
+        assert words in message
+    return message
 
 
 def test_unknown_tools_are_refused():

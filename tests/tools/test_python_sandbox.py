@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from hdpo_jax.config import ToolsConfig
-from hdpo_jax.tools import Subject, ToolBox, python_sandbox
+from hdpo_jax.tools import Subject, ToolBox, fork_server, python_sandbox
 from hdpo_jax.tools.python_sandbox import PythonSession, PythonTool
 from hdpo_jax.types import ToolCall
 
@@ -154,7 +154,7 @@ def test_every_way_to_show_an_image(session, run):
 def test_surplus_images_are_left_out_whole(session, run):
     observation = run(session, "for i in range(5): display(Image.new('RGB', (i + 1, 1)))")
     assert [image.size[0] for image in observation.images] == [1, 2, 3]
-    assert observation.text == "[2 more images are left out: one call returns 3 at most.]"
+    assert observation.text == "[2 more images are left out: one call returns 3, and 33 million pixels, at most.]"
 
 
 def test_huge_images_are_reduced(session, run):
@@ -206,6 +206,18 @@ def test_a_slow_call_is_interrupted_and_keeps_its_state(box, config, picture):
     assert observation.text.startswith("before\n")
     assert observation.text.endswith("[The code ran longer than 3 s and was interrupted. Variables are kept.]")
     assert session.call({"code": "x"}).text == "1"
+    session.close()
+
+
+def test_an_interrupt_does_not_hit_the_next_call(box, config):
+    """Code that ends just when its time is up: it is interrupted or not, the call after it never."""
+    config = dataclasses.replace(config, timeout_seconds=0.1)
+    session = PythonSession(config, python_tool(box).server, threading.BoundedSemaphore(), [])
+    session.call({"code": "import time"})
+    for number in range(20):
+        session.call({"code": f"time.sleep({0.09 + number / 1000})"})
+        following = session.call({"code": "for _ in range(10): time.sleep(0.001)"})
+        assert following.ok or "longer than" in following.text, following.text
     session.close()
 
 
@@ -343,3 +355,16 @@ def test_the_fork_server_is_replaced_when_it_dies(config):
         assert observation.lost and not observation.ok and "All variables are lost" in observation.text
         assert untouched.call({"code": "1 + 1"}).text == "2"
         assert old.call({"code": "1 + 2"}).text == "3"
+
+
+def test_the_fork_server_is_replaced_when_it_hangs(config, monkeypatch):
+    monkeypatch.setattr(fork_server, "ANSWER_SECONDS", 0.5)
+    with ToolBox(config) as box:
+        session = python_tool(box).open(Subject())
+        session.call({"code": "x = 1"})
+        os.kill(python_tool(box).server.process_id, signal.SIGSTOP)
+        # What it does not need the server for goes on.
+        assert session.call({"code": "x"}).text == "1"
+        observation = session.call({"code": "import os; os._exit(0)"})
+        assert observation.lost and "All variables are lost" in observation.text
+        assert session.call({"code": "1 + 1"}).text == "2"

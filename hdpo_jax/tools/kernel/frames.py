@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 TOKEN_BYTES = 16
 PREFIX = struct.Struct(f">{TOKEN_BYTES}sI")
 MAX_BLOBS = 4_096
+MAX_NOTE = 4_096
+"""Bytes of a header that comes without being asked for: it may say what went wrong."""
 
 # Bound here: model-written code shares the interpreter and may rebind names in the modules these come from.
 _dumps, _loads, _monotonic = json.dumps, json.loads, time.monotonic
@@ -59,9 +61,21 @@ def send(
         raise Closed(str(error)) from None
 
 
-def receive(connection: socket.socket, *, max_header: int, max_bytes: int, deadline: float | None = None) -> Frame:
-    """Reads one frame of at most `max_header` bytes of JSON and `max_bytes` of blobs, checked before they are read."""
+def receive(
+    connection: socket.socket,
+    *,
+    max_header: int,
+    max_bytes: int,
+    expected: bytes | None = None,
+    deadline: float | None = None,
+) -> Frame:
+    """Reads one frame of at most `max_header` bytes of JSON and `max_bytes` of blobs, checked before they are read.
+
+    `expected`: the token of frames that may be so large; others are a short header alone.
+    """
     token, size = PREFIX.unpack(_read(connection, PREFIX.size, deadline))
+    if expected is not None and token != expected:
+        max_header, max_bytes = MAX_NOTE, 0
     if size > max_header:
         raise FrameError(f"a header of {size} bytes; expected at most {max_header}")
     try:

@@ -2,24 +2,34 @@
 
 The fork server lives inside bubblewrap and keeps CAP_SYS_ADMIN of the sandbox's user namespace (as root: of the
 sandbox's mounts). Each session gets a PID namespace (killing its first process kills all it started), a mount
-namespace with a bounded /tmp and a /proc that shows only itself, an IPC namespace, a network namespace with nothing in
-it, not even loopback, and at last a user namespace without any capability, in which processes are counted.
+namespace with a bounded /tmp and a /proc that shows its own processes and nothing of the machine, IPC and UTS
+namespaces, a network namespace with nothing in it, not even loopback, and at last a user namespace without any
+capability, in which processes are counted, and a filter of system calls.
 """
 
+import contextlib
 import ctypes
 import os
 import resource
 from dataclasses import dataclass
 
-from .syscalls import FILTER
+from .seccomp import Program
+from .users import spare_user
 
-CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWNET = 0x0002_0000, 0x0800_0000, 0x4000_0000
-CLONE_NEWUSER, CLONE_NEWPID = 0x1000_0000, 0x2000_0000
+CLONE_NEWTIME, CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x0000_0080, 0x0002_0000, 0x0400_0000, 0x0800_0000
+CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x1000_0000, 0x2000_0000, 0x4000_0000
 MS_NOSUID, MS_NODEV, MS_NOEXEC = 2, 4, 8
 PR_SET_NO_NEW_PRIVS, PR_SET_CHILD_SUBREAPER = 38, 36
 PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 22, 2
 LINUX_CAPABILITY_VERSION_3 = 0x2008_0522
-NOBODY = 65_534
+COUNTED = {
+    **{f"max_{kind}_namespaces": 0 for kind in ("user", "mnt", "pid", "net", "ipc", "uts", "cgroup", "time")},
+    **{f"max_{kind}": 16 for kind in ("inotify_instances", "fanotify_groups")},
+    **{f"max_{kind}": 1_024 for kind in ("inotify_watches", "fanotify_marks")},
+}
+"""What a session may have of what the kernel counts in its user namespace."""
+SIGNALS = 1_024
+"""That wait to be handled."""
 MEBIBYTE = 1 << 20
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -30,7 +40,7 @@ class Limits:
     """What a session may use; sizes in MiB."""
 
     memory_mb: int
-    """Address space of each process, beyond what the session starts with."""
+    """Address space of each process, beyond what the session starts with; `watch` bounds all of them together."""
     disk_mb: int
     processes: int
     """Processes and threads."""
@@ -58,28 +68,55 @@ def adopt_orphans() -> None:
     _check(_libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "becoming a reaper")
 
 
-def confine(limits: Limits) -> None:
-    """Turns the calling process, the first of its PID namespace, into a session without rights."""
-    _check(_libc.unshare(CLONE_NEWNS | CLONE_NEWIPC | CLONE_NEWNET), "mount, IPC and network namespaces")
+def next_forks_share_a_time_namespace() -> None:
+    """Later children of this process have their clocks apart from the host's, where the kernel can do that."""
+    _libc.unshare(CLONE_NEWTIME)
+
+
+def confine(limits: Limits, session: int, forbidden: Program) -> None:
+    """Turns the calling process, the first of its PID namespace, into a session without rights.
+
+    `session`: its number; as root, each has a user of its own. `forbidden`: the filter of its system calls.
+    """
+    # When the machine runs out of memory, a session goes before the host's own processes.
+    _write("/proc/self/oom_score_adj", 1_000)
+    user = spare_user(session)
+    spaces = CLONE_NEWNS | CLONE_NEWIPC | CLONE_NEWNET | CLONE_NEWUTS
+    _check(_libc.unshare(spaces), "mount, IPC, network and UTS namespaces")
     options = f"size={limits.disk_mb}m,nr_inodes=16384,mode=1777".encode()
     _check(_libc.mount(b"tmpfs", b"/tmp", b"tmpfs", MS_NOSUID | MS_NODEV, options), "mounting /tmp")
-    _check(_libc.mount(b"proc", b"/proc", b"proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, None), "mounting /proc")
+    _mount_proc(None)
+    settings = os.open("/proc/sys", os.O_PATH | os.O_DIRECTORY)
+    _mount_proc(b"subset=pid")
     os.chdir("/tmp")
-    if os.getuid() == 0:
-        # The kernel never counts processes of the host's root.
+    if user is not None:
         os.setgroups([])
-        os.setresgid(NOBODY, NOBODY, NOBODY)
-        os.setresuid(NOBODY, NOBODY, NOBODY)
+        os.setresgid(user, user, user)
+        os.setresuid(user, user, user)
     _check(_libc.unshare(CLONE_NEWUSER), "a user namespace")
-    # No further user namespaces: they would hand out capabilities again.
-    descriptor = os.open("/proc/sys/user/max_user_namespaces", os.O_WRONLY)
-    os.write(descriptor, b"0")
-    os.close(descriptor)
+    # No further namespaces: they would hand out capabilities again.
+    for name, bound in COUNTED.items():
+        with contextlib.suppress(FileNotFoundError):  # the kernel has no such kind
+            _write(f"user/{name}", bound, settings)
+    os.close(settings)
     _drop_capabilities()
-    if FILTER is not None:
-        _check(_libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(FILTER), 0, 0), "filtering system calls")
-    # After the user namespace exists: its creation would make this the limit of all sessions together.
-    resource.setrlimit(resource.RLIMIT_NPROC, (limits.processes, limits.processes))
+    _check(_libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(forbidden), 0, 0), "filtering system calls")
+    # After the user namespace exists: its creation would make these the limits of all sessions together.
+    for kind, bound in ((resource.RLIMIT_NPROC, limits.processes), (resource.RLIMIT_SIGPENDING, SIGNALS)):
+        resource.setrlimit(kind, (bound, bound))
+
+
+def _mount_proc(options: bytes | None) -> None:
+    flags = MS_NOSUID | MS_NODEV | MS_NOEXEC
+    _check(_libc.mount(b"proc", b"/proc", b"proc", flags, options), "mounting /proc")
+
+
+def _write(path: str, number: int, folder: int | None = None) -> None:
+    descriptor = os.open(path, os.O_WRONLY, dir_fd=folder)
+    try:
+        os.write(descriptor, b"%d" % number)
+    finally:
+        os.close(descriptor)
 
 
 def set_limits(limits: Limits) -> None:
@@ -90,7 +127,8 @@ def set_limits(limits: Limits) -> None:
         resource.RLIMIT_AS: present + limits.memory_mb * MEBIBYTE,
         resource.RLIMIT_FSIZE: limits.disk_mb * MEBIBYTE,
         resource.RLIMIT_NOFILE: limits.files,
-        resource.RLIMIT_CORE: 0,
+        # Not 0, at which the kernel still starts the host's program for core dumps, but at 1 it does not.
+        resource.RLIMIT_CORE: 1,
         resource.RLIMIT_MEMLOCK: 0,
         resource.RLIMIT_MSGQUEUE: 0,
     }
@@ -98,14 +136,6 @@ def set_limits(limits: Limits) -> None:
         hard = resource.getrlimit(kind)[1]
         value = bound if hard == resource.RLIM_INFINITY else min(bound, hard)
         resource.setrlimit(kind, (value, value))
-
-
-def bound_cpu(seconds: int) -> None:
-    """CPU seconds that this process may still use; a busy thread left behind by a call ends the session then."""
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
-    bound = int(usage.ru_utime + usage.ru_stime) + 1 + seconds
-    resource.setrlimit(resource.RLIMIT_CPU, (bound if hard == resource.RLIM_INFINITY else min(bound, hard), hard))
 
 
 def _drop_capabilities() -> None:

@@ -5,7 +5,9 @@ import io
 from PIL import Image, ImageOps
 
 MAX_PIXELS = 1 << 24
-"""Of one image that is shown; a larger one is reduced."""
+"""Of one image that is shown: as many as the model takes in at most. A larger one is reduced."""
+CALL_PIXELS = 2 * MAX_PIXELS
+"""Of all images of one call; those beyond are dropped."""
 
 
 def opened(data: bytes | bytearray) -> Image.Image:

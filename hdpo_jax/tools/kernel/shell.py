@@ -29,11 +29,20 @@ from traitlets import Type
 from traitlets.config import Config
 
 from .output import Output
-from .pictures import MAX_PIXELS, opened, rgb
+from .pictures import CALL_PIXELS, MAX_PIXELS, opened, rgb
 
 CELL = "<cell "
 
 _system = os.system
+
+
+class Pictures(NamedTuple):
+    """What a call shows."""
+
+    pictures: list[tuple[tuple[int, int], bytes]]
+    """Width and height of each; RGB pixels, row by row."""
+    dropped: int
+    """Images beyond the bounds, not returned."""
 
 
 class Reply(NamedTuple):
@@ -42,12 +51,7 @@ class Reply(NamedTuple):
     text: str
     ok: bool
     """False when the code raised."""
-    sizes: list[tuple[int, int]]
-    """(width, height) of each image."""
-    images: list[bytes]
-    """RGB pixels, row by row."""
-    dropped: int
-    """Images beyond the limit, not returned."""
+    shown: Pictures
 
 
 class Gallery:
@@ -55,20 +59,20 @@ class Gallery:
 
     def __init__(self, limit: int):
         self._limit = limit
-        self.clear()
+        self._shown = Pictures([], 0)
+        self._pixels = 0
 
-    def clear(self) -> None:
-        self.sizes: list[tuple[int, int]] = []
-        self.pixels: list[bytes] = []
-        self.dropped = 0
-        self._total = 0
+    def take(self) -> Pictures:
+        """What was shown since the last call of this method; threads may go on showing."""
+        shown, self._shown, self._pixels = self._shown, Pictures([], 0), 0
+        return shown
 
     def add(self, picture: Any) -> bool:
         """Keeps a copy of a picture; False when it is none (PIL image or matplotlib figure)."""
         if not isinstance(picture, Image.Image | matplotlib.figure.Figure):
             return False
-        if len(self.sizes) >= self._limit or self._total > 2 * MAX_PIXELS:
-            self.dropped += 1
+        if len(self._shown.pictures) >= self._limit:
+            self._drop()
             return True
         image = picture if isinstance(picture, Image.Image) else _drawn(picture)
         width, height = image.size
@@ -77,11 +81,16 @@ class Gallery:
             image = image.resize((max(int(width * scale), 1), max(int(height * scale), 1)), reducing_gap=2.0)
         if image.width * image.height == 0:
             raise ValueError(f"the image to show is empty: {width}x{height} pixels")
+        if self._pixels + image.width * image.height > CALL_PIXELS:
+            self._drop()
+            return True
         image = rgb(image)
-        self.sizes.append(image.size)
-        self.pixels.append(image.tobytes())
-        self._total += image.width * image.height
+        self._shown.pictures.append((image.size, image.tobytes()))
+        self._pixels += image.width * image.height
         return True
+
+    def _drop(self) -> None:
+        self._shown = self._shown._replace(dropped=self._shown.dropped + 1)
 
 
 def _drawn(figure: matplotlib.figure.Figure) -> Image.Image:
@@ -203,7 +212,8 @@ class Session:
         self._shell.builtin_trap.activate()
         self._output_chars = output_chars
         self._gallery = self._shell.gallery = Gallery(max_images)
-        self._output: Output | None = None
+        self._output = self._redirected()
+        self._calls = 0
         self._running = False
         # IPython's advice on how to leave it.
         warnings.filterwarnings("ignore", message="To exit: use")
@@ -235,6 +245,7 @@ class Session:
         plt.close("all")
         compiler: Any = self._shell.compile
         compiler.cells = 0
+        self._calls = 0
         self._shell.reset(new_session=False)
 
     def start(self, images: Sequence[bytes | bytearray]) -> None:
@@ -244,7 +255,8 @@ class Session:
         """
         random.seed(0)
         np.random.seed(0)
-        self._redirect()
+        self._output.release()
+        self._output = self._redirected()
         names: dict[str, Any] = {"np": np, "numpy": np, "math": math, "matplotlib": matplotlib, "plt": plt}
         names |= {"PIL": PIL, "Image": Image, "ImageDraw": ImageDraw, "ImageEnhance": ImageEnhance}
         names |= {"ImageFilter": ImageFilter, "ImageFont": ImageFont, "ImageOps": ImageOps}
@@ -252,12 +264,14 @@ class Session:
             try:
                 names[f"image_{number}"] = opened(data)
             except Exception as error:
-                print(f"image_{number} is missing: {error}")
+                print(f"image_{number} is missing: {str(error) or type(error).__name__}")
         self._shell.user_ns.update(names)
 
     def run(self, code: str) -> Reply:
         """Runs one cell. Never raises, whatever the code does, short of ending the process."""
-        self._gallery.clear()
+        if self._calls:
+            self._output.mark_late()
+        self._calls += 1
         self._shell.quiet = code.rstrip().endswith(";")
         signal.signal(signal.SIGINT, self._interrupt)
         sys.stdout = sys.stderr = self._output
@@ -269,9 +283,7 @@ class Session:
         except BaseException as error:
             self._running = False
             print(_explained(type(error), error, error.__traceback__), end="", file=self._output)
-        text = self._output.take() if self._output else ""
-        gallery = self._gallery
-        return Reply(text, ok, gallery.sizes, gallery.pixels, gallery.dropped)
+        return Reply(self._output.take(), ok, self._gallery.take())
 
     def _execute(self, code: str) -> bool:
         """Runs plain Python directly, the rest (magics, `!`, top-level await, errors) the way of IPython.
@@ -311,16 +323,15 @@ class Session:
             self._gallery.add(plt.figure(number))
         plt.close("all")
 
-    def _redirect(self) -> None:
+    def _redirected(self) -> Output:
         """Descriptors 1 and 2, which subprocesses inherit, write to a nameless file in the session's own folder.
 
         The file of the fork server's warm-up, which all sessions inherit, is closed: it would be a way between them.
         """
-        if self._output is not None:
-            self._output.release()
         path = "output"
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_EXCL, 0o600)
         os.unlink(path)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
-        sys.stdout = sys.stderr = self._output = Output(self._output_chars, descriptor)
+        output = sys.stdout = sys.stderr = Output(self._output_chars, descriptor)
+        return output

@@ -1,6 +1,7 @@
 """The fork server: imports everything once, then forks a confined session whenever the host asks for one.
 
-The host speaks to it over a control socket, one JSON object a packet; it never runs model-written code itself.
+The host speaks to it over a control socket, one JSON object a packet, with a socket for the answer where it wants one;
+it never runs model-written code itself.
 """
 
 import contextlib
@@ -13,16 +14,20 @@ import shutil
 import signal
 import socket
 import sys
-from dataclasses import dataclass
-from typing import NoReturn
+from dataclasses import asdict, dataclass
+from typing import Any, NoReturn
 
-from . import frames, isolation
+from . import frames, isolation, seccomp
 from .shell import Session
+from .watch import Watch
 
 MAX_CODE_BYTES = 1 << 24
 MAX_IMAGE_BYTES = 1 << 30
+FAILURE_CHARS = 200
 MADV_COLLAPSE = 25
 HUGE_PAGE = 1 << 21
+
+_getpid = os.getpid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +47,19 @@ class Settings:
     processes: int
     output_chars: int
     max_images: int
-    cpu_seconds: int
-    """CPU time of one call."""
+    cpu_seconds: float
+    """CPU time of a session from one call's begin to the next one's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class End:
+    """How a session ended."""
+
+    status: int = 0
+    """A wait status."""
+    reason: str = ""
+    """What it used too much of ("memory", "CPU time"), "closed" when it lived on until it was closed, or what kept it
+    from starting; empty: it ended by itself."""
 
 
 class Zygote:
@@ -52,22 +68,26 @@ class Zygote:
         self._limits = isolation.Limits(
             memory_mb=settings.memory_mb, disk_mb=settings.disk_mb, processes=settings.processes
         )
+        self._watch = Watch(memory=settings.memory_mb * isolation.MEBIBYTE, cpu_seconds=settings.cpu_seconds)
         self._control = socket.socket(fileno=settings.control)
         self._sessions: dict[int, int] = {}
         """Session -> process id."""
-        self._ended: dict[int, int] = {}
-        """Session -> wait status, until the host closes it."""
-        self._closing: set[int] = set()
-        """Sessions that are closed but not gone yet."""
-        self._waiting: set[int] = set()
-        """Sessions whose end the host waits for."""
+        self._ended: dict[int, End] = {}
+        """Sessions that are gone, until the host closes them."""
+        self._closing: dict[int, int | None] = {}
+        """Sessions that are closed but not gone yet -> descriptor on which the host waits for it."""
+        self._killed: dict[int, str] = {}
+        """Sessions that are killed but not gone yet -> why."""
         self._namespace = os.open("/proc/self/ns/pid", os.O_RDONLY) if settings.isolated else -1
+        self._forbidden = seccomp.program() if settings.isolated else None
         self._session = Session(output_chars=settings.output_chars, max_images=settings.max_images)
 
     def prepare(self) -> None:
         """Warms up, then keeps memory from being written: every page written after a fork is a page copied."""
         self._session.warm_up()
-        if not self._settings.isolated:
+        if self._settings.isolated:
+            isolation.next_forks_share_a_time_namespace()
+        else:
             isolation.adopt_orphans()
         gc.collect()
         gc.freeze()
@@ -87,7 +107,7 @@ class Zygote:
         for descriptor in (self._control.fileno(), self._settings.host, wake.fileno()):
             watched.register(descriptor, select.POLLIN)
         while True:
-            ready = {descriptor for descriptor, _ in watched.poll()}
+            ready = {descriptor for descriptor, _ in watched.poll(self._watch.wait() * 1e3 if self._sessions else None)}
             if self._settings.host in ready:
                 return
             if wake.fileno() in ready:
@@ -95,6 +115,11 @@ class Zygote:
             self._reap()
             if self._control.fileno() in ready and not self._obey():
                 return
+            if self._sessions and not self._watch.wait():
+                for session, reason in self._watch.advance(self._sessions).items():
+                    if session in self._sessions:
+                        self._killed.setdefault(session, reason)
+                        self._kill(session)
 
     def _obey(self) -> bool:
         """One request of the host; False when the host is gone."""
@@ -102,22 +127,22 @@ class Zygote:
         if not message:
             return False
         request = json.loads(message)
-        session = request["session"]
+        session, descriptor = request["session"], descriptors[0] if descriptors else None
         match request["do"]:
             case "open":
                 self._open(session, descriptors[0])
+            case "call":
+                if session in self._sessions:
+                    self._watch.renew(session)
             case "interrupt":
                 self._signal(session, signal.SIGINT)
+                _answer(descriptor, {})
             case "close":
-                self._close(session)
-            case "end":
-                self._waiting.add(session)
-                self._close(session)
+                self._close(session, descriptor)
         return True
 
     def _open(self, session: int, descriptor: int) -> None:
-        # The host learns of any failure here by the end of the session's socket.
-        with contextlib.suppress(OSError):
+        try:
             if self._settings.isolated:
                 isolation.next_fork_opens_pid_namespace()
             try:
@@ -125,9 +150,13 @@ class Zygote:
                 if process == 0:
                     self._live(session, descriptor)
                 self._sessions[session] = process
+                self._watch.renew(session)
             finally:
                 if self._settings.isolated:
                     isolation.forks_stay_in(self._namespace)
+        except OSError as error:
+            # The host learns of it by the end of the session's socket, and asks.
+            self._ended[session] = End(reason=str(error))
         os.close(descriptor)
 
     def _signal(self, session: int, number: int) -> None:
@@ -137,23 +166,26 @@ class Zygote:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, number)
 
-    def _close(self, session: int) -> None:
-        self._reap()
-        if session not in self._sessions:
-            self._finish(session, self._ended.pop(session, 0))
-            return
-        self._closing.add(session)
+    def _kill(self, session: int) -> None:
         if not self._settings.isolated:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._sessions[session], signal.SIGKILL)
         self._signal(session, signal.SIGKILL)
 
-    def _finish(self, session: int, status: int) -> None:
+    def _close(self, session: int, descriptor: int | None) -> None:
+        self._reap()
+        if session in self._sessions:
+            self._closing[session] = descriptor
+            self._killed.setdefault(session, "closed")
+            self._kill(session)
+        else:
+            self._finish(session, descriptor, self._ended.pop(session, End()))
+
+    def _finish(self, session: int, descriptor: int | None, end: End) -> None:
         if not self._settings.isolated:
-            shutil.rmtree(self._folder(session), ignore_errors=True)
-        if session in self._waiting:
-            self._waiting.discard(session)
-            self._control.send(json.dumps({"session": session, "status": status}).encode())
+            with contextlib.suppress(RecursionError):
+                shutil.rmtree(self._folder(session), ignore_errors=True)
+        _answer(descriptor, asdict(end))
 
     def _reap(self) -> None:
         sessions = {process: session for session, process in self._sessions.items()}
@@ -168,11 +200,13 @@ class Zygote:
             if session is None:
                 continue
             del self._sessions[session]
+            self._watch.forget(session)
+            reason = self._killed.pop(session, "")
+            end = End(status=status, reason=reason if _killed(status) else "")
             if session in self._closing:
-                self._closing.discard(session)
-                self._finish(session, status)
+                self._finish(session, self._closing.pop(session), end)
             else:
-                self._ended[session] = status
+                self._ended[session] = end
         if not self._settings.isolated:
             self._sweep()
 
@@ -200,36 +234,56 @@ class Zygote:
             os.close(self._settings.host)
             # Not setsid: a scheduler that groups by terminal session would give each a full share of the CPU.
             os.setpgid(0, 0)
-            if self._settings.isolated:
+            for waiting in filter(None, self._closing.values()):
+                os.close(waiting)
+            if self._forbidden is not None:
                 os.close(self._namespace)
                 isolation.set_limits(self._limits)
-                isolation.confine(self._limits)
+                isolation.confine(self._limits, session, self._forbidden)
             else:
                 os.makedirs(self._folder(session))
                 os.chdir(self._folder(session))
                 isolation.adopt_orphans()
                 isolation.set_limits(self._limits)
+            self._sessions.clear()
             gc.enable()
             self._answer(connection)
         except frames.Closed:
             pass
         except BaseException as error:
             with contextlib.suppress(BaseException):
-                failure = {"failure": f"{type(error).__name__}: {error}"}
+                failure = {"failure": f"{type(error).__name__}: {error}"[:FAILURE_CHARS]}
                 frames.send(connection, bytes(frames.TOKEN_BYTES), failure)
         os._exit(0)
 
     def _answer(self, connection: socket.socket) -> None:
+        process = os.getpid()
         started = False
         while True:
             token, header, blobs = frames.receive(connection, max_header=MAX_CODE_BYTES, max_bytes=MAX_IMAGE_BYTES)
             if not started:
                 self._session.start(blobs)
                 started = True
-            isolation.bound_cpu(self._settings.cpu_seconds)
             reply = self._session.run(header["code"])
-            answer = {"text": reply.text, "ok": reply.ok, "sizes": reply.sizes, "dropped": reply.dropped}
-            frames.send(connection, bytes(token), answer, reply.images)
+            if _getpid() != process:
+                # A fork that the code left to itself: the answer is its parent's to give.
+                return
+            shown = tuple(reply.shown.pictures)
+            answer = {"text": reply.text, "ok": reply.ok, "dropped": reply.shown.dropped}
+            answer["sizes"] = [size for size, _ in shown]
+            frames.send(connection, bytes(token), answer, [pixels for _, pixels in shown])
+
+
+def _killed(status: int) -> bool:
+    return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+
+
+def _answer(descriptor: int | None, answer: dict[str, Any]) -> None:
+    """Sends it to a host that waits for it; the host may have given up."""
+    if descriptor is not None:
+        with contextlib.suppress(OSError):
+            os.write(descriptor, json.dumps(answer).encode())
+        os.close(descriptor)
 
 
 def _collapse_pages() -> None:
