@@ -22,7 +22,7 @@ from starlette.routing import Route
 
 from hdpo_jax import http_server
 from hdpo_jax.config import ConfigError
-from hdpo_jax.http_server import Guard, bearer_token, is_loopback
+from hdpo_jax.http_server import Guard, is_loopback, token_for
 
 ROOT = Path(__file__).parent.parent
 TOKEN = "correct-horse"
@@ -119,17 +119,21 @@ def test_no_more_requests_at_a_time_than_allowed():
 
 def test_beyond_loopback_a_token_is_needed(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("HDPO_X_TOKEN", raising=False)
-    assert bearer_token("HDPO_X_TOKEN", "127.0.0.1") is None
+    assert token_for("127.0.0.1", "HDPO_X_TOKEN") is None
     for host in ("0.0.0.0", "::", "", "10.0.0.5", "tool-server"):
         assert not is_loopback(host)
         with pytest.raises(ConfigError, match="HDPO_X_TOKEN is not set; expected a secret"):
-            bearer_token("HDPO_X_TOKEN", host)
+            token_for(host, "HDPO_X_TOKEN")
     monkeypatch.setenv("HDPO_X_TOKEN", " \n")
     with pytest.raises(ConfigError, match="HDPO_X_TOKEN is not set"):
-        bearer_token("HDPO_X_TOKEN", "0.0.0.0")
+        token_for("0.0.0.0", "HDPO_X_TOKEN")
+    for token in ("two words", "caf\xe9", "a\nb"):
+        monkeypatch.setenv("HDPO_X_TOKEN", token)
+        with pytest.raises(ConfigError, match="^HDPO_X_TOKEN holds characters that HTTP can not send"):
+            token_for("127.0.0.1", "HDPO_X_TOKEN")
     # Secrets that are mounted or made by a shell often end with a line break.
     monkeypatch.setenv("HDPO_X_TOKEN", f"{TOKEN}\n")
-    assert bearer_token("HDPO_X_TOKEN", "0.0.0.0") == bearer_token("HDPO_X_TOKEN", "::1") == TOKEN
+    assert token_for("0.0.0.0", "HDPO_X_TOKEN") == token_for("::1", "HDPO_X_TOKEN") == TOKEN
 
 
 @contextmanager

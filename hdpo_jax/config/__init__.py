@@ -1,6 +1,6 @@
 """Every setting, as frozen dataclasses checked at construction: one line says what is wrong."""
 
-from hdpo_jax.config.checks import ConfigError
+from hdpo_jax.config.checks import ConfigError, bearer_token
 from hdpo_jax.config.rewards import JudgeConfig, RewardsConfig
 from hdpo_jax.config.run import (
     AgentConfig,
@@ -39,4 +39,5 @@ __all__ = [
     "ToolsConfig",
     "TrainConfig",
     "WebConfig",
+    "bearer_token",
 ]

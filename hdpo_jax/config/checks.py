@@ -1,5 +1,6 @@
 """What every config checks of itself at construction: one line says what is wrong."""
 
+import os
 from collections.abc import Iterable, Iterator
 
 
@@ -25,6 +26,17 @@ def more_than_zero(config: object, prefix: str, *names: str) -> None:
 def share(config: object, prefix: str, *names: str) -> None:
     for name, value in _numbers(config, names):
         require(0 <= value <= 1, f"{prefix}.{name}", value, "a share from 0 to 1")
+
+
+def bearer_token(variable: str) -> str | None:
+    """The secret that servers ask for and clients show, from the environment; None: there is none."""
+    # Secrets that a shell made often end with a line break.
+    token = os.environ.get(variable, "").strip()
+    if not token.isascii() or not token.isprintable() or " " in token:
+        raise ConfigError(
+            f"{variable} holds characters that HTTP can not send; expected printable ASCII without spaces"
+        )
+    return token or None
 
 
 def _numbers(config: object, names: Iterable[str]) -> Iterator[tuple[str, float]]:

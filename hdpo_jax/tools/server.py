@@ -12,7 +12,7 @@ from fastapi import FastAPI, HTTPException, Request, Response
 from pydantic import ValidationError
 
 from hdpo_jax.config import ConfigError, ToolsConfig, ToolServerConfig
-from hdpo_jax.http_server import Guard, bearer_token, serve
+from hdpo_jax.http_server import Guard, serve, token_for
 from hdpo_jax.tools.protocol import Schema, Tools, argument_error, parse_tool_call
 from hdpo_jax.tools.server_metrics import ServerMetrics
 from hdpo_jax.tools.sessions import Answer, Busy, Order, Pending, Sessions
@@ -38,7 +38,7 @@ def serve_tools(tools: ToolsConfig, config: ToolServerConfig, *, host: str, port
     """Serves until SIGTERM. Raises ConfigError, one line, where that is not safe or the tools do not work here."""
     if tools.servers:
         raise ConfigError("tools.servers is set; expected a server to run its tools itself: leave it empty")
-    token = bearer_token(TOKEN, host)
+    token = token_for(host, TOKEN)
     with ToolBox(tools) as toolbox:
         serve(tool_server(toolbox, config, token), host=host, port=port, drain_seconds=config.drain_seconds)
 
@@ -86,8 +86,7 @@ class _Service:
         started = time.perf_counter()
         try:
             batch = ActionBatch.model_validate_json(await request.body())
-            calls = self._calls(batch)
-            orders = {place: self._order(batch, place, call) for place, call in calls.items()}
+            orders = {place: self._order(batch, place, call) for place, call in self._calls(batch).items()}
         except ValidationError as error:
             raise HTTPException(422, problem(error)) from None
         except ValueError as error:
@@ -110,7 +109,7 @@ class _Service:
         content = ObservationBatch(
             observations=list(messages),
             dones=[place in over for place in range(len(messages))],
-            valids=[place in over or place in calls and self._fits(calls[place]) for place in range(len(messages))],
+            valids=[place in over or place in orders and orders[place].valid for place in range(len(messages))],
             processing_time_ms=1000 * (time.perf_counter() - started),
         )
         return Response(content.model_dump_json(), media_type="application/json")
@@ -155,16 +154,24 @@ class _Service:
             except ValueError as error:
                 raise ValueError(f"extra_fields[{place}].images[{number}] {error}") from None
         name = batch.call_ids[place] if batch.call_ids else None
-        return Order(trajectory=trajectory, call=call, images=files, keys=extra.names(), opened=extra.opened, name=name)
+        return Order(
+            trajectory=trajectory,
+            call=call,
+            images=files,
+            keys=extra.names(),
+            opened=extra.opened,
+            name=name,
+            valid=self._fits(call),
+        )
 
     def _fits(self, call: ToolCall) -> bool:
         """Whether a tool has something to run."""
         schema = self._schemas.get(call.name)
         return call.error is None and schema is not None and argument_error(schema, call.arguments) is None
 
-    def _count(self, call: ToolCall, answer: Answer) -> None:
-        tool = call.name if call.name in self._schemas else "unknown"
-        self.metrics.count_call(tool, answer, valid=self._fits(call))
+    def _count(self, order: Order, answer: Answer) -> None:
+        tool = order.call.name if order.call.name in self._schemas else "unknown"
+        self.metrics.count_call(tool, answer, valid=order.valid)
 
 
 def _finished(batch: ActionBatch) -> Iterator[int]:

@@ -1,7 +1,6 @@
 """Tool servers as a trainer sees them: which answer, which is least used, and asking again where one does not."""
 
 import logging
-import os
 import random
 import threading
 import time
@@ -10,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
-from hdpo_jax.config import ConfigError
+from hdpo_jax.config import ConfigError, bearer_token
 from hdpo_jax.tools.protocol import Schema
 from hdpo_jax.tools.wire import PATH, TOKEN, Health, ObservationBatch
 
@@ -20,6 +19,8 @@ CONNECT_SECONDS = 5.0
 HEALTH_SECONDS = 5.0
 AVOID_SECONDS = 5.0
 """How long a server that was in trouble is the last that is chosen."""
+FULL_SECONDS = 1.0
+"""The same of one that had no room."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0
 """Seconds between two tries: doubled from one to the next, and drawn at random below that."""
 KEEP_ALIVE_SECONDS = 4.0
@@ -56,7 +57,7 @@ class Server:
         self._url = address.rstrip("/").removesuffix(PATH)
         self.name = str(httpx.URL(self._url).copy_with(userinfo=b""))
         """For messages."""
-        token = os.environ.get(TOKEN, "").strip()
+        token = bearer_token(TOKEN)
         self._client = httpx.Client(
             headers={"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {token}"} if token else {}),
             limits=httpx.Limits(max_connections=connections, keepalive_expiry=KEEP_ALIVE_SECONDS),
@@ -66,12 +67,14 @@ class Server:
         self._health: Health | None = None
         self._trouble, self._avoid = 0.0, 0.0
         """When it stopped to answer, and until when it is avoided for that."""
+        self._full = 0.0
+        """Until when it is avoided because it had no room."""
         self.trajectories = 0
         """Of this process. Counted by Servers."""
 
     @property
     def troubled(self) -> bool:
-        return time.monotonic() < self._avoid
+        return time.monotonic() < max(self._avoid, self._full)
 
     @property
     def repeats(self) -> bool:
@@ -81,26 +84,18 @@ class Server:
     def health(self) -> Health:
         """What it says of itself: asked once. Raises Unanswered."""
         if self._health is None:
+            content = self._look("/health")
             try:
-                response = self._client.get(f"{self._url}/health", timeout=HEALTH_SECONDS)
-                response.raise_for_status()
-                self._health = Health.model_validate_json(response.content)
-            except (httpx.HTTPError, ValidationError) as error:
-                self._fails()
-                raise Unanswered(f"{self.name}: {_words(error)}") from None
+                self._health = Health.model_validate_json(content)
+            except ValidationError:
+                raise Unanswered(f"{self.name}: /health is not what tool servers say") from None
         return self._health
 
     def schemas(self) -> list[Schema] | None:
         """Its tools; None where servers do not tell. Raises Unanswered; ConfigError where it refuses the token."""
         if not self.repeats:
             return None
-        try:
-            response = self._client.get(f"{self._url}/tools", timeout=HEALTH_SECONDS)
-        except httpx.HTTPError as error:
-            raise Unanswered(f"{self.name}: {_words(error)}") from None
-        if response.status_code == 401:
-            raise ConfigError(f"{self.name} refuses the token; expected its secret in {TOKEN} of the environment")
-        return response.json() if response.status_code == 200 else None
+        return TypeAdapter(list[Schema]).validate_json(self._look("/tools"))
 
     def ask(
         self,
@@ -121,7 +116,7 @@ class Server:
         pause = FIRST_PAUSE
         while True:
             try:
-                status, after, content = self._send(body, until)
+                status, after, content = self._send("POST", PATH, body, until)
             except httpx.TransportError as error:
                 reason, busy, after = _words(error), False, 0.0
                 not_run = isinstance(error, NOT_RUN)
@@ -132,6 +127,8 @@ class Server:
                 reason, busy = f"HTTP {status}: {_detail(content)}", status == BUSY
                 not_run = status not in PROXIES
             now = time.monotonic()
+            if busy:
+                self._full = now + max(after, FULL_SECONDS)
             patient = busy or now < self._fails() + patience
             may = (loyal or not not_run) and (not_run or self._known_to_repeat)
             pause = min(2 * pause, LONGEST_PAUSE)
@@ -142,6 +139,20 @@ class Server:
 
     def close(self) -> None:
         self._client.close()
+
+    def _look(self, path: str) -> bytes:
+        """What stands there. Raises Unanswered; ConfigError where it refuses the token."""
+        try:
+            status, _, content = self._send("GET", path, b"", time.monotonic() + HEALTH_SECONDS)
+        except httpx.TransportError as error:
+            self._fails()
+            raise Unanswered(f"{self.name}: {_words(error)}") from None
+        if status == 401:
+            raise ConfigError(f"{self.name} refuses the token; expected its secret in {TOKEN} of the environment")
+        if status != 200:
+            self._fails()
+            raise Unanswered(f"{self.name}: HTTP {status} at {path}")
+        return content
 
     def _fails(self) -> float:
         """Since when it does."""
@@ -155,13 +166,13 @@ class Server:
     def _known_to_repeat(self) -> bool:
         return self._health is not None and self._health.call_ids
 
-    def _send(self, body: bytes, until: float) -> tuple[int, float, bytes]:
+    def _send(self, method: str, path: str, body: bytes, until: float) -> tuple[int, float, bytes]:
         """One try: status, the seconds after which to ask again, content."""
         left = max(until - time.monotonic(), 0.1)
         timeout = httpx.Timeout(left, connect=min(left, CONNECT_SECONDS))
         headers = {"Content-Type": "application/json"}
         content = bytearray()
-        with self._client.stream("POST", self._url + PATH, content=body, headers=headers, timeout=timeout) as response:
+        with self._client.stream(method, self._url + path, content=body, headers=headers, timeout=timeout) as response:
             for chunk in response.iter_raw():
                 content += chunk
                 if len(content) > MAX_ANSWER:
@@ -218,8 +229,16 @@ class Servers:
         for server, problem in zip(self._servers, problems, strict=True):
             if problem is not None:
                 logger.warning("the tool server %s does not answer (%s); it is asked again later", server.name, problem)
-        told = [server.schemas() for server in present]
+        told = [_told(server) for server in present]
         return next((schemas for schemas in told if schemas is not None), None)
+
+
+def _told(server: Server) -> list[Schema] | None:
+    try:
+        return server.schemas()
+    except (Unanswered, ValidationError) as error:
+        logger.warning("the tool server %s does not say what tools it has: %s", server.name, _words(error))
+        return None
 
 
 def _absence(server: Server) -> str | None:

@@ -44,6 +44,8 @@ class Order:
     """The trajectory has called before: if it is not known, its state is lost, and nothing is run."""
     name: str | None = None
     """What a repetition is known by."""
+    valid: bool = True
+    """There is something to run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +99,7 @@ class Sessions:
     """The open trajectories. `start` and `close` are called, once each, in the event loop that uses it."""
 
     def __init__(
-        self, tools: Tools, config: ToolServerConfig, on_answer: Callable[[ToolCall, Answer], None] = lambda *_: None
+        self, tools: Tools, config: ToolServerConfig, on_answer: Callable[[Order, Answer], None] = lambda *_: None
     ):
         """`on_answer`: hears of every call that ended."""
         self._tools = tools
@@ -171,7 +173,7 @@ class Sessions:
             return first
         pending = Pending()
         if trajectory is None and order.opened:
-            pending.task = asyncio.create_task(self._lost(order.call))
+            pending.task = asyncio.create_task(self._lost(order))
             return pending
         if trajectory is None:
             tools = self._tools.session(order.images, order.keys)
@@ -179,28 +181,28 @@ class Sessions:
             self._trajectories[order.trajectory] = trajectory
         trajectory.pending += 1
         self._pending.add(pending)
-        pending.task = asyncio.create_task(self._answer(trajectory, order.call, pending))
+        pending.task = asyncio.create_task(self._answer(trajectory, order, pending))
         pending.task.add_done_callback(lambda _: self._done(trajectory, order, pending))
         if order.name is not None:
             trajectory.answers[order.name] = pending
         return pending
 
-    async def _lost(self, call: ToolCall) -> Answer:
+    async def _lost(self, order: Order) -> Answer:
         answer = Answer(text=LOST, ok=False, lost=True)
-        self._on_answer(call, answer)
+        self._on_answer(order, answer)
         return answer
 
-    async def _answer(self, trajectory: _Trajectory, call: ToolCall, pending: Pending) -> Answer:
+    async def _answer(self, trajectory: _Trajectory, order: Order, pending: Pending) -> Answer:
         async with trajectory.turn, self._workers:
             pending.running = True
             started = time.monotonic()
-            future = self._pool.submit(_run, trajectory.tools, call)
+            future = self._pool.submit(_run, trajectory.tools, order.call)
             try:
                 answer = await asyncio.wrap_future(future)
             except GivenUp:
                 answer = self._given_up(trajectory)
             answer = replace(answer, seconds=time.monotonic() - started)
-        self._on_answer(call, answer)
+        self._on_answer(order, answer)
         return answer
 
     def _given_up(self, trajectory: _Trajectory) -> Answer:

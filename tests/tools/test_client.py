@@ -308,6 +308,24 @@ def test_a_server_without_room_is_asked_again_until_there_is():
         assert any(line.startswith(refused) for line in httpx.get(f"{address}/metrics").text.splitlines())
 
 
+def test_trajectories_go_where_there_is_room():
+    with (
+        notebooks(ToolServerConfig(sessions=1)) as (full, _),
+        notebooks() as (free, notebook),
+        remote(full) as another,
+        remote(full, free) as box,
+    ):
+        held = another.session([])
+        held.call(note("a"))
+        sessions = [box.session([]) for _ in range(6)]
+        started = time.monotonic()
+        for session in sessions:
+            assert session.call(note("b")).text == "0 images: b"
+        assert notebook.open_now == 6 and time.monotonic() - started < 2
+        for session in [held, *sessions]:
+            session.close()
+
+
 def test_a_server_that_never_has_room_is_as_good_as_lost():
     with notebooks(ToolServerConfig(sessions=1)) as (address, _), remote(address, server_seconds=1.5) as box:
         first, second = box.session([]), box.session([])
