@@ -18,6 +18,7 @@ import threading
 import typing
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 import docstring_parser
@@ -38,8 +39,6 @@ PLAIN_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 """What a tool may be called."""
 LEFT_BEHIND = 32
 """Calls of a function that may still run after they were given up; past that it is not called any more."""
-GRACE = 0.5
-"""Seconds that a cancelled coroutine has to end."""
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +93,7 @@ class FunctionTool:
         future: Future[Observation] = Future()
         threading.Thread(target=self._work, args=(future, given), name=self.name, daemon=True).start()
         try:
-            error = future.exception(seconds + GRACE * inspect.iscoroutinefunction(self._function))
+            error = future.exception(seconds)
         except TimeoutError:
             return self._failed(_late(seconds))
         if error is None:
@@ -110,9 +109,11 @@ class FunctionTool:
             value = self._function(**given)
             if inspect.isawaitable(value):
                 value = asyncio.run(_in_time(value, self._config.timeout_seconds))
-            result = value if isinstance(value, Observation) else None
-            parts = _parts(value) if result is None else [result.text, *result.images]
-            future.set_result(observation(parts, self._config, ok=result is None or result.ok))
+            if isinstance(value, Observation):
+                bounded = observation([value.text, *value.images], self._config, ok=value.ok)
+                future.set_result(replace(bounded, lost=value.lost))
+            else:
+                future.set_result(observation(_parts(value), self._config))
         except BaseException as error:
             future.set_exception(error)
         finally:
@@ -172,7 +173,7 @@ class _Signature:
             named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
             self._require(named, f"takes {parameter}, which the policy can not name; expected arguments with a name")
             self._require(name in hints, f"has no type hint for {name}; expected one for each argument")
-            if hints[name] is Subject:
+            if Subject in (hints[name], *typing.get_args(hints[name])):
                 self.subject = name
                 continue
             beside = [text for text in getattr(hints[name], "__metadata__", ()) if isinstance(text, str)]

@@ -133,8 +133,10 @@ class Session:
         problem = argument_error(tool.schema, call.arguments)
         if problem is not None:
             return Observation(text=problem, ok=False)
-        request = _digest(call) if {"all", call.name} & self._refuse_repeats else None
+        request = None
         try:
+            if {"all", call.name} & self._refuse_repeats:
+                request = _digest(call)
             with self._lock:
                 # A call may still stand in line when its trajectory is given up: it must not start a kernel for nobody.
                 if self._closed:

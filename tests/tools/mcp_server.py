@@ -24,7 +24,7 @@ from mcp.types import (
 from PIL import Image as Pillow
 from pydantic import Field
 
-server = MCPServer("test")
+server = MCPServer("test", log_level="WARNING")
 cancelled: list[str] = []
 
 

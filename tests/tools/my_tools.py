@@ -91,8 +91,9 @@ async def later(seconds: float) -> str:
     return "waited"
 
 
-def look(subject: Subject, which: int = 0) -> list[Any]:
+def look(which: int = 0, subject: Subject | None = None) -> list[Any]:
     """Says how large an image is."""
+    assert subject is not None
     return [f"{len(subject.images[which])} bytes, of {subject.keys[0]}"]
 
 

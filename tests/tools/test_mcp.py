@@ -26,7 +26,7 @@ from tests.tools import mcp_server
 
 HERE = Path(__file__).parent
 STARTED = f"{sys.executable} {HERE / 'mcp_server.py'}"
-CONFIG = ToolsConfig(names=(), mcp=(STARTED,), timeout_seconds=5, output_chars=2_000, max_images=3)
+CONFIG = ToolsConfig(names=(), mcp=(STARTED,), timeout_seconds=30, output_chars=2_000, max_images=3)
 
 Ask = Callable[..., Observation]
 
@@ -202,6 +202,17 @@ def test_closing_leaves_no_process_behind():
     assert ask(session, "add", a=1, b=2).lost
 
 
+def test_closing_ends_the_calls_that_wait():
+    box = ToolBox(CONFIG)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(asker(box), "slow", seconds=60)
+        time.sleep(0.3)
+        begun = time.monotonic()
+        box.close()
+        answer = waiting.result()
+    assert not answer.ok and time.monotonic() - begun < 10  # not the 30 that a call may take
+
+
 # Servers that die
 
 
@@ -236,7 +247,7 @@ def test_a_server_that_keeps_dying_is_left_alone_for_a_while():
         refused = tool("add", a=1, b=2)
         assert time.monotonic() - begun < 0.5
         assert not refused.ok and "it keeps dying, and is not started again for another" in refused.text
-        assert wait_for(lambda: tool("add", a=1, b=2).ok)
+        assert wait_for(lambda: tool("add", a=1, b=2).ok, seconds=30)
 
 
 @pytest.mark.parametrize(
@@ -258,6 +269,13 @@ def test_a_server_that_does_not_start_is_one_line(entry, words):
     said = str(caught.value)
     assert words in said
     assert "\n" not in said and "\x1b" not in said and "hunter" not in said
+
+
+def test_a_server_that_complains_of_its_key_does_not_tell_it(monkeypatch):
+    monkeypatch.setenv("ITS_KEY", "hunter2")
+    complaint = "import os, sys; sys.exit('no such key: ' + os.environ['KEY'])"
+    with pytest.raises(ConfigError, match=r"exit code 1 \(no such key: \*\*\*\)"):
+        ToolBox(replace(CONFIG, mcp=(f'KEY=$ITS_KEY {sys.executable} -c "{complaint}"',)))
 
 
 def test_when_one_server_does_not_start_the_others_end(tmp_path):

@@ -3,7 +3,6 @@
 import asyncio
 import logging
 from collections.abc import Callable
-from importlib import metadata
 from typing import Any
 
 import anyio
@@ -14,7 +13,6 @@ from mcp.types import (
     CallToolRequest,
     CallToolRequestParams,
     CallToolResult,
-    Implementation,
     Tool,
 )
 
@@ -30,6 +28,7 @@ LONGEST_PAUSE = 60.0
 """Seconds before a server that keeps dying is started again."""
 MAX_PAGES, MAX_TOOLS = 20, 128
 """Of what a server lists."""
+_CLOSED = "it was closed"
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +80,9 @@ class Connection:
 
     async def close(self) -> None:
         """Ends the server; kills it where it does not end."""
-        self._end("it was closed")
+        self._end(_CLOSED)
+        if self._client is None:
+            self._scope.cancel()
         with anyio.move_on_after(STOP_SECONDS):
             await self._dead.wait()
         self._scope.cancel()
@@ -92,6 +93,9 @@ class Connection:
         self._end("it has forgotten its session")
 
     def _end(self, reason: str) -> None:
+        for value in self._entry.variables.values():
+            # A server may complain of the key that it was given.
+            reason = reason.replace(value, "***") if len(value) > 3 else reason
         self._reason = self._reason or reason
         self._stop.set()
         self._ready.set()
@@ -99,7 +103,7 @@ class Connection:
     async def _live(self) -> None:
         try:
             with self._scope:
-                async with Client(self._transport(), cache=None, client_info=_ourselves()) as client:
+                async with Client(self._transport(), cache=None) as client:
                     self.tools = await _listed(client, self._entry.label)
                     self._client = client
                     self._ready.set()
@@ -108,6 +112,8 @@ class Connection:
             self._end(_in_words(error))
         finally:
             self._end("it ended")
+            if self._reason != _CLOSED:
+                logger.warning("the MCP server %s is down: %s", self._entry.label, self._reason)
             self._dead.set()
             self._on_death()
 
@@ -128,7 +134,6 @@ class Server:
         self._deaths = 0
         """Since the last call that was answered."""
         self._not_before = 0.0
-        self._reason = ""
 
     async def start(self) -> list[Tool]:
         """What it lists. Raises ServerDown when it does not start."""
@@ -188,10 +193,6 @@ async def _listed(client: Client, label: str) -> list[Tool]:
     if cursor is not None or len(tools) > MAX_TOOLS:
         logger.warning("%s lists more tools than are read: at most %d, on %d pages", label, MAX_TOOLS, MAX_PAGES)
     return tools[:MAX_TOOLS]
-
-
-def _ourselves() -> Implementation:
-    return Implementation(name="hdpo-jax", version=metadata.version("hdpo-jax"))
 
 
 def _in_words(error: BaseException) -> str:

@@ -113,16 +113,17 @@ class McpTool:
         if problem is not None:
             return self._failed(problem)
         if self._servers.closed:
-            return Observation(text="The session is closed.", ok=False, lost=True)
+            return _closed()
         seconds = self._config.timeout_seconds
         answer = self._servers.submit(self._server.call(self.name, given))
         try:
             result = answer.result(seconds)
-        except (TimeoutError, CancelledError):
+        except TimeoutError:
             answer.cancel()
             return self._failed(f"it did not answer within {seconds:g} s")
+        except CancelledError:
+            return _closed()
         except ServerDown as error:
-            logger.warning("the MCP server %s is down: %s", self._server.label, error)
             return self._failed(f"its server is down: {error}")
         except MCPError as error:
             return self._failed(error.message)
@@ -135,21 +136,29 @@ class McpTool:
         return Observation(text=f"[{self.name} failed: {reason[:LONGEST_ERROR]}]", ok=False)
 
 
+def _closed() -> Observation:
+    return Observation(text="The session is closed.", ok=False, lost=True)
+
+
 async def _started(servers: Sequence[Server]) -> list[list[Tool]]:
-    """What each lists. Raises ConfigError for the first that does not start."""
-    outcomes = await asyncio.gather(*(server.start() for server in servers), return_exceptions=True)
-    listings = []
-    for server, outcome in zip(servers, outcomes, strict=True):
-        if isinstance(outcome, ServerDown):
-            raise ConfigError(f"tools.mcp: {server.label}: {outcome}")
-        if isinstance(outcome, BaseException):
-            raise outcome
-        listings.append(outcome)
-    return listings
+    """What each lists. Raises ConfigError as soon as one does not start."""
+
+    async def start(server: Server) -> list[Tool]:
+        try:
+            return await server.start()
+        except ServerDown as error:
+            raise ConfigError(f"tools.mcp: {server.label}: {error}") from error
+
+    return await asyncio.gather(*map(start, servers))
 
 
 async def _stopped(servers: Sequence[Server]) -> None:
+    """Ends the servers, and then the calls that still wait for them."""
     await asyncio.gather(*(server.stop() for server in servers), return_exceptions=True)
+    calls = asyncio.all_tasks() - {asyncio.current_task()}
+    for call in calls:
+        call.cancel()
+    await asyncio.gather(*calls, return_exceptions=True)
 
 
 def _usable(listing: Sequence[Tool], label: str) -> Iterator[tuple[Tool, Schema]]:

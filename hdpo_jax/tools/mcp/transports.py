@@ -43,17 +43,18 @@ async def process(command: Sequence[str], environment: Mapping[str, str], on_end
     async def read() -> None:
         assert server.stdout
         lines = BufferedByteReceiveStream(server.stdout)
-        try:
-            async with to_client:
+        # Who waits for an answer learns that there is none when this closes: the reason has to be known by then.
+        async with to_client:
+            try:
                 while True:
                     line = await lines.receive_until(b"\n", MAX_MESSAGE)
                     # Programs print, too, where only messages should be.
                     with suppress(ValueError):
                         await to_client.send(SessionMessage(jsonrpc_message_adapter.validate_json(line, by_name=False)))
-        except anyio.DelimiterNotFound:
-            on_end(f"it sent a message of more than {MAX_MESSAGE >> 20} MiB")
-        except (anyio.IncompleteRead, anyio.EndOfStream, anyio.ClosedResourceError, anyio.BrokenResourceError):
-            on_end(await _cause(server, said))
+            except anyio.DelimiterNotFound:
+                on_end(f"it sent a message of more than {MAX_MESSAGE >> 20} MiB")
+            except (anyio.IncompleteRead, anyio.EndOfStream, anyio.ClosedResourceError, anyio.BrokenResourceError):
+                on_end(await _cause(server, said))
         # A pipe that nobody reads from is never closed.
         with suppress(anyio.EndOfStream, anyio.ClosedResourceError, anyio.BrokenResourceError):
             while True:
