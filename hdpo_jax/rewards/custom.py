@@ -11,7 +11,8 @@
         return verdict._replace(accuracy=verdict.accuracy - 0.1 * (len(trajectory.response_text) > 2_000))
 
 What such a function raises ends the run, in a line that names it; but for VerifierOutage, which says that it could not
-be asked. They run in this process, with all its rights.
+be asked, and has the group left out of the update. Functions run in this process, with all its rights; where there is a
+judge too, in several threads at a time.
 """
 
 import importlib

@@ -223,7 +223,7 @@ class Judge:
                 status = error.status_code
                 passing = status in (408, 409, 425, 429) or status >= 500
                 wait = _seconds(error.response.headers.get("retry-after"))
-                return _Failure(self._safe(f"{status} {error.message}"), final=not passing, wait=wait)
+                return _Failure(self._safe(error.message), final=not passing, wait=wait)
             except (OpenAIError, AttributeError, IndexError, TypeError, ValueError) as error:
                 cause = error.__cause__ or error
                 return _Failure(self._safe(f"{type(cause).__name__}: {cause}"), final=False, wait=0.0)
@@ -231,7 +231,8 @@ class Judge:
     @property
     def _name(self) -> str:
         host = self._client.base_url.host
-        return f"the judge {self._config.model} at {host}:{self._client.base_url.port or ''}".rstrip(":")
+        place = f"{host}:{self._client.base_url.port or ''}".rstrip(":")
+        return f"the judge ({self._config.model} at {place})"
 
     def _safe(self, said: str) -> str:
         """On one line, and without the key, which servers like to repeat."""

@@ -38,9 +38,9 @@ class Scorer:
         """By the last verifier that could not be asked."""
 
     @property
-    def rules_alone(self) -> bool:
-        """Nobody is asked who may be out of reach."""
-        return set(self._config.verifiers) == {"rules"}
+    def is_embedded(self) -> bool:
+        """Nothing is asked that may be out of reach."""
+        return set(self._config.verifiers) == {"rules"} and self._function is None
 
     def begin(self, trajectory: Trajectory) -> None:
         """Has a finished trajectory scored while others are sampled; without a judge it is left to `verdicts`."""
@@ -53,10 +53,11 @@ class Scorer:
         Raises VerifierOutage as soon as they are more than the config allows `of` so many rollouts.
         """
         if self._pool is None:
-            found = []
+            found, lost = [], 0
             for trajectory in trajectories:
                 found.append(self._score(trajectory))
-                self.check(found.count(None), of=of)
+                lost += found[-1] is None
+                self.check(lost, of=of)
             return found
         for trajectory in trajectories:
             if id(trajectory) not in self._begun:
@@ -95,13 +96,15 @@ class Scorer:
         self.close()
 
     def _score(self, trajectory: Trajectory) -> Verdict | None:
+        # What the world broke off is not learned from: nobody needs to be asked.
         try:
-            # What the world broke off is not learned from: nobody needs to be asked.
-            verdict = score_trajectory(trajectory, self._verifiers if trajectory.usable else ())
+            if not trajectory.usable:
+                return score_trajectory(trajectory, ())
+            verdict = score_trajectory(trajectory, self._verifiers)
+            return self._function(trajectory, verdict) if self._function else verdict
         except VerifierOutage as outage:
             self.said = str(outage)
             return None
-        return self._function(trajectory, verdict) if self._function and trajectory.usable else verdict
 
 
 def _opened(config: JudgeConfig) -> "Judge":

@@ -43,7 +43,7 @@ def outage_metrics(
     step's rollouts. Nothing where rules alone are asked.
     """
     judge = scorer.judge
-    if scorer.rules_alone:
+    if scorer.is_embedded:
         return {}
     tally = astuple(judge.take_tally()) if judge else ()
     own = [verdicts.count(None), len(unjudged_groups(trajectories, verdicts)), *tally]
@@ -51,8 +51,8 @@ def outage_metrics(
     scorer.check(int(lost), of=of)
     if lost and is_lead():
         log.warning(
-            "step %d: %d answers could not be judged, %d groups are left out of the update: %s",
-            *(step, lost, groups, scorer.said or "another process knows why"),
+            "step %d: %d of %d answers could not be judged, groups left out of the update: %d; %s",
+            *(step, lost, of, groups, scorer.said or "another process knows why"),
         )
     metrics = {"rewards/judge_outages": lost, "rewards/dropped_groups": groups}
     if judge is None:

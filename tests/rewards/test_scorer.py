@@ -113,12 +113,12 @@ def test_2c_an_outage_is_no_verdict_and_not_a_wrong_answer():
     trajectories = [*map(trajectory, ["a striped horse", "a horse", "a zebra"])]
     with JudgeServer(half) as server, Scorer(config(server, max_outage=0.34)) as scorer:
         assert scorer.verdicts(trajectories, of=3) == [RIGHT, None, RIGHT]
-        assert "can not be asked: 500" in scorer.said
+        assert "can not be asked: Error code: 500" in scorer.said
     # Of three, one is more than 0.33 allows.
     with JudgeServer(half) as server, Scorer(config(server, max_outage=0.33)) as scorer:
         with pytest.raises(
             VerifierOutage,
-            match=r"^1 of 3 answers could not be judged, and rewards.judge.max_outage is 0.33: the judge .* asked: 500",
+            match=r"^1 of 3 answers could not be judged, and rewards.judge.max_outage is 0.33: the judge .* code: 500",
         ) as said:
             scorer.verdicts(trajectories, of=3)
         assert "\n" not in str(said.value)

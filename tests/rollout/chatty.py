@@ -1,10 +1,12 @@
 """A tiny policy that calls tools all the time: random weights, and few tokens to choose from."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 import numpy as np
+from jaxtyping import Int
 
 from hdpo_jax.config import AgentConfig, ModelConfig, RolloutConfig
 from hdpo_jax.train.policy import Policy, load_policy
@@ -40,7 +42,22 @@ def chatty_policy(task: Task, devices: int = 1) -> Policy:
 
 def forbid_all_but_calls(processor: PolicyProcessor) -> None:
     """Leaves a policy `</tool_call>`, the end of a turn and a dozen letters to say."""
-    allowed = [*processor.tool_call_end, processor.stop_ids[0], *processor.encode_text("ABCDEFGHKLMN")]
+    allow_only(processor, [*processor.tool_call_end, *processor.encode_text("ABCDEFGHKLMN")])
+
+
+def forbid_all_but_answers(processor: PolicyProcessor) -> None:
+    """Leaves a policy three letters to say, and every turn is read as an answer."""
+    allow_only(processor, processor.encode_text("ABC"))
+    decode = processor.decode
+
+    def as_answer(ids: Sequence[int] | Int[np.ndarray, " tokens"], *, keep_special: bool = False) -> str:
+        return f"<answer>{decode(ids, keep_special=keep_special)}</answer>"
+
+    processor.decode = as_answer
+
+
+def allow_only(processor: PolicyProcessor, ids: Iterable[int]) -> None:
+    """Leaves a policy these tokens, and the end of a turn."""
     forbidden = np.ones_like(processor.forbidden)
-    forbidden[allowed] = False
+    forbidden[[*ids, processor.stop_ids[0]]] = False
     processor.forbidden = forbidden
