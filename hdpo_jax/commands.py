@@ -68,6 +68,8 @@ class Eval:
     """Rollouts a prompt."""
     limit: int = 0
     """Prompts, from the first on; 0: all."""
+    calibrate_gate: bool = False
+    """Sample once more, with an answer in place of each call; write gate.json (for --agent.gate) and its curve."""
     seed: int = 0
     dtype: Dtype = "bfloat16"
     agent: AgentConfig = field(default_factory=AgentConfig)
@@ -192,6 +194,9 @@ class ExportHF:
 SERVING = RolloutConfig(slots=16, capacity=16_384, patches=65_536, chunk=16)
 """What answers are sampled with where no flag says otherwise: few at a time, and told of often."""
 
+CHATTING = ((1, 256, 0), (1, 1_024, 4_096), (1, 4_096, 16_384))
+"""Static sizes for one who talks: few programs to compile."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Serve:
@@ -239,6 +244,29 @@ class Serve:
             tools=self.tools,
             rollout=self.rollout,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chat:
+    """A conversation in the terminal, with images and tools; every call and its result is shown."""
+
+    model: Path
+    """A model directory in HF format."""
+    temperature: float = 1.0
+    """0 takes the likeliest token."""
+    seed: int | None = None
+    """The same one gives the same answers; None: others each time."""
+    dtype: Dtype = "bfloat16"
+    mesh: MeshAxes = field(default_factory=MeshAxes)
+    agent: AgentConfig = field(default_factory=AgentConfig)
+    tools: ToolsConfig = field(default_factory=ToolsConfig)
+    rollout: RolloutConfig = field(default_factory=lambda: replace(SERVING, slots=1, shapes=CHATTING))
+
+    def run(self) -> None:
+        from hdpo_jax.serve.chat import run_chat
+
+        given = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
+        run_chat(**given)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,6 +341,7 @@ COMMANDS: dict[str, type[Command]] = {
     "import-hf": ImportHF,
     "export-hf": ExportHF,
     "serve": Serve,
+    "chat": Chat,
     "serve-tools": ServeTools,
     "report": Report,
 }

@@ -6,6 +6,7 @@ import logging
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from hdpo_jax.config import AgentConfig, ConfigError, Dtype, ModelConfig, Reward
 from hdpo_jax.data.dataset import BadRow, BadRowError
 from hdpo_jax.data.prompts import PromptDataset
 from hdpo_jax.evaluate.convert import export_hf
+from hdpo_jax.evaluate.gate_curve import calibrate, paired
 from hdpo_jax.files import write_text_atomically
 from hdpo_jax.rewards.outcomes import Outcome, outcome, summarise
 from hdpo_jax.rewards.scorer import Scorer
+from hdpo_jax.rollout.gate import Gate
 from hdpo_jax.rollout.prompts import PromptEncoder
 from hdpo_jax.rollout.sampler import Sampler
 from hdpo_jax.tools.toolbox import open_toolbox
@@ -49,21 +52,32 @@ def evaluate(
     tools: ToolsConfig,
     rewards: RewardsConfig,
     rollout: RolloutConfig,
+    calibrate_gate: bool = False,
 ) -> Mapping[str, float]:
     """Samples the prompts of `data`, writes `results.json` and `trajectories.jsonl` to `output`, prints a table.
 
-    One of `model` (HF directory) and `run_dir` (a training run: its newest checkpoint) says who answers.
+    One of `model` (HF directory) and `run_dir` (a training run: its newest checkpoint) says who answers. With
+    `calibrate_gate` once more, with an answer in place of each call: `gate.json`, and the curve of its dial.
     """
+    if calibrate_gate and agent.gate:
+        raise ConfigError("agent.gate beside --calibrate-gate; expected one of them")
     with open_toolbox(tools) as toolbox, Scorer(rewards) as scorer, _model_directory(model, run_dir) as directory:
         policy = load_policy(ModelConfig(path=str(directory), dtype=dtype), MeshAxes())
         encode = PromptEncoder(policy.processor, rollout)
         dataset = PromptDataset(data, problem=encode.problem)
         count = min(limit or len(dataset), len(dataset))
         rollout = replace(rollout, slots=min(rollout.slots, count * samples), replay_experts=False)
-        sampler = policy.sampler(toolbox, agent=agent, rollout=rollout, seed=seed, encode=encode)
-        results = evaluate_policy(
-            sampler, policy.params, dataset, scorer, output / "trajectories.jsonl", count=count, samples=samples
-        )
+        make = partial(policy.sampler, toolbox, agent=agent, rollout=rollout, seed=seed, encode=encode)
+
+        def sampled(sampler: Sampler, name: str, title: str) -> list[Outcome]:
+            path = output / f"{name}.jsonl"
+            return outcomes_of(sampler, policy.params, dataset, scorer, path, count=count, samples=samples, title=title)
+
+        outcomes = sampled(make(), "trajectories", "evaluate")
+        results = summarise(outcomes)
+        if calibrate_gate:
+            without = sampled(make(gate=Gate.closed()), "without_calls", "answer in place of calls")
+            calibrate(paired(outcomes, without), output)
     write_text_atomically(output / "results.json", json.dumps(results, indent=2) + "\n")
     table = Table(title=f"{count:,} prompts, {samples} rollout{'s' * (samples > 1)} each")
     table.add_column()
@@ -99,7 +113,24 @@ def evaluate_policy(
     samples: int = 1,
     title: str = "evaluate",
 ) -> dict[str, float]:
-    """Accuracy and tool use over `samples` rollouts a prompt; the trajectories go to `trajectories_path`.
+    """Accuracy and tool use over `samples` rollouts a prompt; as for `outcomes_of`."""
+    return summarise(
+        outcomes_of(sampler, params, dataset, scorer, trajectories_path, count=count, samples=samples, title=title)
+    )
+
+
+def outcomes_of(
+    sampler: Sampler,
+    params: nnx.State,
+    dataset: PromptDataset,
+    scorer: Scorer,
+    trajectories_path: Path,
+    *,
+    count: int,
+    samples: int,
+    title: str,
+) -> list[Outcome]:
+    """What becomes of `samples` rollouts a prompt; the trajectories go to `trajectories_path`.
 
     The first `count` prompts. Those that turn out to be unusable are left out and named; DataError where
     they are more than the data set puts up with. Answers that could not be judged are left out of the accuracy and
@@ -135,10 +166,9 @@ def evaluate_policy(
                     yield trajectory_record(trajectory, verdict, step=0)
 
         write_records(trajectories_path, records())
-    results = summarise(outcomes)
-    if not_judged := results.get("not_judged"):
+    if not_judged := summarise(outcomes).get("not_judged"):
         log.warning("%d answers could not be judged and are left out of the accuracy: %s", not_judged, scorer.said)
-    return results
+    return outcomes
 
 
 def _usable(dataset: PromptDataset, indices: Iterable[int], bad: list[BadRow]) -> Iterator[Prompt]:

@@ -17,6 +17,8 @@ class Outcome(NamedTuple):
     """False: dropped, through no fault of the policy's."""
     legible: bool | None
     """Whether the question could be answered without tools; None where the prompt does not say."""
+    call_probability: float | None = None
+    """That the policy gave its first call; None: there was none."""
 
 
 def outcome(trajectory: Trajectory, verdict: Verdict | None) -> Outcome:
@@ -25,6 +27,7 @@ def outcome(trajectory: Trajectory, verdict: Verdict | None) -> Outcome:
         calls=trajectory.calls,
         usable=trajectory.usable,
         legible=trajectory.prompt.extra.get("legible"),
+        call_probability=next(iter(trajectory.call_probabilities), None),
     )
 
 

@@ -100,7 +100,7 @@ class Exchange:
         send = partial(_from_thread, loop, self._told)
         stream = partial(TextStream, processor.decode, wish.stops)
         self._followers = [Follower(choice, stream, send) for choice in range(wish.choices)]
-        seed = secrets.randbelow(LARGEST_SEED) if wish.seed is None else wish.seed % LARGEST_SEED
+        seed = fresh_seed() if wish.seed is None else wish.seed % LARGEST_SEED
         members = [
             Member((seed, 0, choice), wish.most_tokens, wish.own, follower)
             for choice, follower in enumerate(self._followers)
@@ -128,6 +128,11 @@ class Exchange:
         self.service.unwatch(self._ended)
         for follower in self._followers:
             follower.gone = True
+
+
+def fresh_seed() -> int:
+    """Another one each time."""
+    return secrets.randbelow(LARGEST_SEED)
 
 
 def _from_thread(loop: asyncio.AbstractEventLoop, queue: asyncio.Queue, told: Told | BaseException) -> None:

@@ -39,13 +39,16 @@ def serving(model: Path, *flags: str, capacity: int = 320, env: dict[str, str] |
 
 
 @contextmanager
-def started(command: Sequence[str], env: dict[str, str] | None = None) -> Iterator[subprocess.Popen[str]]:
+def started(
+    command: Sequence[str], env: dict[str, str] | None = None, stdin: int = subprocess.DEVNULL
+) -> Iterator[subprocess.Popen[str]]:
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     environment |= {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "JAX_NUM_CPU_DEVICES": "1", **(env or {})}
     process = subprocess.Popen(
         [sys.executable, "-m", "hdpo_jax", *command],
         cwd=ROOT,
         env=environment,
+        stdin=stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
