@@ -120,7 +120,7 @@ class ToolServerConfig:
     """What `hdpo serve-tools` bears. Calls at a time are tools.workers."""
 
     sessions: int = 4_096
-    """Trajectories open at a time; a new one more is refused with 429."""
+    """Trajectories open at a time; one more is refused with 429."""
     idle_seconds: float = 600.0
     """A trajectory without a call for so long is freed."""
     queue: int = 1_024

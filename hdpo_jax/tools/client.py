@@ -117,18 +117,13 @@ class RemoteSession:
         """Answers any call. Where no server does, as tools.on_lost says."""
         if call.error is not None:
             return Observation(text=call.error, ok=False)
-        with self._lock:
-            try:
-                batch = self._ask(call)
-                return self._observation(batch)
-            except Unanswered as error:
-                return self._lost(str(error))
-            except Refused as error:
-                return self._refused(error)
-            finally:
-                if self._closed.is_set():
-                    # The server may have heard of the call after the end.
-                    self._leave()
+        try:
+            with self._lock:
+                return self._answer(call)
+        finally:
+            if self._closed.is_set():
+                # It ended during the call, and whoever ended it did not wait.
+                self.close()
 
     def close(self) -> None:
         """Ends the trajectory; does not wait for the server to hear of it."""
@@ -138,6 +133,14 @@ class RemoteSession:
                 self._leave()
             finally:
                 self._lock.release()
+
+    def _answer(self, call: ToolCall) -> Observation:
+        try:
+            return self._observation(self._ask(call))
+        except Unanswered as error:
+            return self._lost(str(error))
+        except Refused as error:
+            return self._refused(error)
 
     def _ask(self, call: ToolCall) -> ObservationBatch:
         config, name = self._box.config, uuid.uuid4().hex

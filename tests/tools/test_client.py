@@ -351,6 +351,20 @@ def test_a_closed_session_stops_asking():
             assert under_way.result().lost and time.monotonic() - started < 3
 
 
+def test_a_session_that_is_closed_during_its_call_leaves_nothing_open():
+    with notebooks() as (address, notebook), remote(address, workers=16) as box:
+        sessions = [box.session([]) for _ in range(64)]
+        with concurrent.futures.ThreadPoolExecutor(16) as pool:
+            calls = [pool.submit(session.call, note("a", seconds=0.002)) for session in sessions]
+            for session in sessions:
+                time.sleep(0.004)
+                session.close()
+            for future in calls:
+                future.result()
+        assert eventually(lambda: notebook.open_now == 0)
+        assert [server.trajectories for server in box.servers._servers] == [0]
+
+
 def test_where_no_server_answers_the_run_does_not_start():
     with served(Starlette()) as wrong, pytest.raises(ConfigError) as refused:
         open_toolbox(config("http://127.0.0.1:9", wrong, lost_seconds=0.2))
