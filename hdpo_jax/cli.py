@@ -20,6 +20,10 @@ Qwen3-VL and HDPO in JAX: agents that learn when a tool is worth its call.
   eval              accuracy and tool use of a model on a file of prompts
   generate          continue conversations, with tools where asked for
   score             teacher-forced log-probs of conversations
+  chat              a conversation in the terminal, with images and tools
+  serve             OpenAI-compatible requests, for many clients at a time
+  serve-tools       run the tools of trajectories that are sampled elsewhere
+  data              prepare data: indices for searches (hdpo data --help)
   import-hf         HF safetensors to an Orbax checkpoint
   export-hf         a checkpoint to HF safetensors
   plan CONFIG       what a run takes on its TPU slice, without a TPU

@@ -61,7 +61,7 @@ def test_help_lists_every_command_and_waits_for_no_accelerator():
     code = "import sys; from hdpo_jax.cli import main; main(['--help']); sys.exit('jax' in sys.modules)"
     outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
     assert outcome.returncode == 0, outcome.stderr
-    for name in [*commands.COMMANDS, *commands.RUNS]:
+    for name in [*commands.COMMANDS, *commands.RUNS, *commands.GROUPS]:
         assert f"\n  {name} " in outcome.stdout
 
 

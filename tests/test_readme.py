@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from hdpo_jax.commands import COMMANDS, RUNS
+from hdpo_jax.commands import COMMANDS, GROUPS, RUNS
 from hdpo_jax.config import RLConfig
 from hdpo_jax.data.prompts import PromptDataset
 from hdpo_jax.evaluate.messages import read_conversations
@@ -53,7 +53,7 @@ def test_a_column_of_videos_is_added_as_said(tmp_path: Path, monkeypatch: pytest
 
 def test_commands_exist():
     named = set(re.findall(r"`?hdpo ([a-z][a-z-]+)", README))
-    assert named and named <= {*COMMANDS, *RUNS}
+    assert named and named <= {*COMMANDS, *RUNS, *GROUPS}
 
 
 def test_make_targets_exist():

@@ -131,7 +131,7 @@ class Chat:
             file = read_file(str(Path(names[0]).expanduser()), "image")
             image = load_image(file)
         except ValueError as error:
-            self._console.print(escape(str(error)), style="red")
+            self._console.print(escape(str(error)), style="red", soft_wrap=True)
             return
         self._attached.append(file)
         self._console.print(f"image {len(self._attached)}: {image.width} x {image.height}", style="dim")
@@ -144,7 +144,7 @@ class Chat:
             question = self._service.question(self._conversation.prompt())
         except ValueError as error:
             del self._conversation.messages[before[0] :], self._conversation.images[before[1] :]
-            self._console.print(f"{escape(str(error))}; /new begins again", style="red")
+            self._console.print(f"{escape(str(error))}; /new begins again", style="red", soft_wrap=True)
             return
         self._attached = []
         told: queue.SimpleQueue[Told | None] = queue.SimpleQueue()

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from hdpo_jax.config import AgentConfig, Dtype, ModelConfig, RolloutConfig, ToolsConfig
-from hdpo_jax.http_server import Guard, bearer_token, serve
+from hdpo_jax.http_server import Guard, serve, token_for
 from hdpo_jax.serve.openai_api import make_app
 from hdpo_jax.serve.service import Service
 from hdpo_jax.tools.system_prompt import system_prompt
@@ -36,7 +36,7 @@ def run_server(
     rollout: RolloutConfig,
 ) -> None:
     """Serves until SIGTERM or Ctrl-C. Raises what ended the engine, where that was not asked for."""
-    token = bearer_token(TOKEN, host)
+    token = token_for(host, TOKEN)
     console = Console(stderr=True)
     with open_toolbox(tools) if agent_loop else contextlib.nullcontext() as toolbox:
         with console.status(f"loading {model}"):
