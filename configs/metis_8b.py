@@ -5,6 +5,11 @@
 slices of TPUs, with what they take: `metis_8b_v5p_128` and `metis_8b_v6e_64`.
 
     hdpo train metis_8b --model.path COLD_STARTED_HF_DIR --data.path METIS_RL_PARQUET --mesh.tensor 4
+
+Rules judge the answers; what they can not tell counts as wrong. With a language model behind them, as in the paper
+(its key, if any, in HDPO_JUDGE_API_KEY):
+
+    --rewards.verifiers rules judge --rewards.judge.url http://JUDGE:8000/v1 --rewards.judge.model MODEL
 """
 
 from hdpo_jax.config import DataConfig, ModelConfig, RLConfig, RolloutConfig

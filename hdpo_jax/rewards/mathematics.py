@@ -8,6 +8,7 @@ first expression, killed when time is up and replaced at the next one. Any threa
 import contextlib
 import functools
 import json
+import os
 import queue
 import re
 import subprocess
@@ -17,6 +18,8 @@ import weakref
 from pathlib import Path
 
 WORKER = Path(__file__).with_name("math_worker.py")
+INHERITED = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_", "PYTHON", "VIRTUAL_ENV", "TMPDIR")
+"""What a process is told of the environment: no keys, though it only ever parses what a policy writes."""
 START_SECONDS = 120.0
 MAX_CHARS = 300
 
@@ -151,6 +154,7 @@ class MathProcesses:
         # -P: the worker's own folder must not come before the standard library on its path.
         process = subprocess.Popen(
             [sys.executable, "-P", str(WORKER)],
+            env={name: value for name, value in os.environ.items() if name.startswith(INHERITED)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -18,7 +18,7 @@ from hdpo_jax.evaluate import report_trajectories
 from hdpo_jax.evaluate.report import render, script_safe_json, write_report
 from hdpo_jax.evaluate.report_curves import charts_of, moving
 from hdpo_jax.evaluate.report_data import collect, wilson_interval
-from hdpo_jax.evaluate.report_trajectories import ImageTable, choose_pairs, outcomes
+from hdpo_jax.evaluate.report_trajectories import ImageTable, choose_pairs, group_items, outcomes
 
 HOSTILE = (
     "</script><script>document.title='owned'</script><!--<script><img src=x onerror=\"document.title='owned'\">{{data}}"
@@ -238,6 +238,22 @@ def test_shown_pairs_are_evenly_spread_and_say_so(
     # Every third is 0, 3, 6, 9; of the wrong ones among the others (1, 2, 5) the first two.
     assert sorted(keys) == [(f"p{i}", 0) for i in (0, 1, 2, 3, 6, 9)]
     assert phrase == "1 in 3 of 10 held-out prompts, evenly spread, and 2 more that HDPO gets wrong"
+
+
+def test_a_group_that_could_not_be_judged_is_not_called_wrong(
+    tmp_path: Path, make_record: Callable[..., dict[str, Any]]
+):
+    path = tmp_path / "dump.jsonl"
+    verdicts = {0: (True, False), 1: (False, False), 2: (False, None)}
+    records = [
+        make_record(group=group, sample=sample, correct=correct, rewards=None)
+        for group, pair in verdicts.items()
+        for sample, correct in enumerate(pair)
+    ]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    items, _ = group_items([(7, path)], ImageTable())
+    assert [item["facets"]["group"] for item in items] == ["mixed", "all wrong", "not judged"]
+    assert [column["correct"] for column in items[2]["columns"]] == [False, None]
 
 
 def test_image_table_holds_each_image_once():

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -40,6 +41,19 @@ def test_a_process_that_dies_is_replaced(processes):
             process.kill()
         processes._idle.put(process)
     assert processes.equal(r"\frac{2}{4}", "0.5") is True
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="there is no /proc")
+def test_keys_of_the_environment_are_not_there(monkeypatch):
+    monkeypatch.setenv("HDPO_JUDGE_API_KEY", "sk-very-secret")
+    processes = MathProcesses(processes=1)
+    assert processes.equal("1+1", "2") is True
+    process = processes._idle.get()
+    processes._idle.put(process)
+    assert process is not None
+    environment = Path(f"/proc/{process.pid}/environ").read_bytes()
+    processes.close()
+    assert b"PATH=" in environment and b"secret" not in environment
 
 
 def test_unreadable_expressions_are_not_judged(processes):

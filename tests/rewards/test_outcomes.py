@@ -5,7 +5,7 @@ import pytest
 from hdpo_jax.rewards.outcomes import Outcome, summarise
 
 
-def outcome(correct: bool, calls: int, legible: bool | None = None, usable: bool = True) -> Outcome:
+def outcome(correct: bool | None, calls: int, legible: bool | None = None, usable: bool = True) -> Outcome:
     return Outcome(correct=correct, calls=calls, usable=usable, legible=legible)
 
 
@@ -15,6 +15,16 @@ def test_dropped_rollouts_do_not_count():
         "accuracy": 0.5,
         "tool_rate": 0.5,
         "calls_per_rollout": 1.0,
+    }
+
+
+def test_what_could_not_be_judged_is_left_out_of_the_accuracy_and_counted():
+    # As a wrong answer, the third would make the accuracy 1/3; how it got there still counts.
+    assert summarise([outcome(True, 0), outcome(False, 1), outcome(None, 2)]) == {
+        "accuracy": 0.5,
+        "tool_rate": pytest.approx(2 / 3),
+        "calls_per_rollout": 1.0,
+        "not_judged": 1,
     }
 
 

@@ -86,6 +86,11 @@ def test_a_record_holds_the_trajectory(trajectory: Trajectory, tmp_path: Path):
     assert decoded(turns[1]["images"][0]).size == (64, 32)
 
 
+def test_what_could_not_be_judged_is_neither_right_nor_wrong(trajectory: Trajectory):
+    record = trajectory_record(trajectory, None, step=40)
+    assert record["correct"] is None and record["rewards"] is None and record["calls"] == 1
+
+
 def test_small_images_are_kept_to_the_pixel():
     noise = np.random.default_rng(0).integers(0, 256, (32, 64, 3), dtype=np.uint8)
     uri = data_uri(Image.fromarray(noise))
