@@ -108,7 +108,7 @@ def confine(limits: Limits, session: int, forbidden: Program) -> None:
 
 def _mount_proc(options: bytes | None) -> None:
     flags = MS_NOSUID | MS_NODEV | MS_NOEXEC
-    _check(_libc.mount(b"proc", b"/proc", b"proc", flags, options), "mounting /proc")
+    _check(_libc.mount(b"proc", b"/proc", b"proc", flags, options), "mounting /proc, which wants Linux 5.8")
 
 
 def _write(path: str, number: int, folder: int | None = None) -> None:
