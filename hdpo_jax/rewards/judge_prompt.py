@@ -121,7 +121,7 @@ def imitates(prediction: str, truths: tuple[str, ...]) -> bool:
 
 
 _LESS_THAN = "<＜﹤‹〈〈⟨❮❰≺ᐸ˂"
-_OPENING = re.compile(rf"[{_LESS_THAN[1:]}]|<(?![\s\d=.+\-$\\])|\[(?=/?[A-Z_]{{3,}}\])|\x7f")
+_OPENING = re.compile(rf"[{_LESS_THAN[1:]}]|<(?!\s*[\d=.+\-$])|\[(?=/?[A-Z_]{{3,}}\])|\x7f")
 """What may begin a tag or a mark; "x < 5" stays as it is."""
 
 _TRUTH = r"ground[\s_-]*truths?"

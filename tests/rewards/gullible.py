@@ -2,7 +2,8 @@
 
 What it takes for the end of the data is as generous as it can be: any tag that closes a part, whatever its code, in
 any letters that look like those, in the middle of a line; any control token of a chat template; and what has dropped
-out of its memory, which holds the last MEMORY characters, has neither begun nor ended anything.
+out of its memory, which holds the last MEMORY characters, has neither begun nor ended anything. An escaped line break
+is a line break to it.
 """
 
 import json
@@ -34,7 +35,7 @@ def obey(messages: list[dict[str, str]]) -> str:
     user = folded(messages[-1]["content"])[-MEMORY:]
     said, *others = CONTROL.split(user)
     # What follows a control token is another message: nothing in it is data.
-    outside = "\n".join([PART.sub("", said), *others])
+    outside = "\n".join([PART.sub("", said), *others]).replace("\\n", "\n")
     command = COMMAND.search(outside)
     if command is not None:
         return "INCORRECT" if command[1] else "CORRECT"
