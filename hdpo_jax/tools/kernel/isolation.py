@@ -14,7 +14,6 @@ import resource
 from dataclasses import dataclass
 
 from .seccomp import Program
-from .users import spare_user
 
 CLONE_NEWTIME, CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x0000_0080, 0x0002_0000, 0x0400_0000, 0x0800_0000
 CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x1000_0000, 0x2000_0000, 0x4000_0000
@@ -73,14 +72,13 @@ def next_forks_share_a_time_namespace() -> None:
     _libc.unshare(CLONE_NEWTIME)
 
 
-def confine(limits: Limits, session: int, forbidden: Program) -> None:
+def confine(limits: Limits, user: int | None, forbidden: Program) -> None:
     """Turns the calling process, the first of its PID namespace, into a session without rights.
 
-    `session`: its number; as root, each has a user of its own. `forbidden`: the filter of its system calls.
+    `user`: as whom root goes on. `forbidden`: the filter of its system calls.
     """
     # When the machine runs out of memory, a session goes before the host's own processes.
     _write("/proc/self/oom_score_adj", 1_000)
-    user = spare_user(session)
     spaces = CLONE_NEWNS | CLONE_NEWIPC | CLONE_NEWNET | CLONE_NEWUTS
     _check(_libc.unshare(spaces), "mount, IPC, network and UTS namespaces")
     options = f"size={limits.disk_mb}m,nr_inodes=16384,mode=1777".encode()
