@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hdpo_jax.config import ConfigError
-from hdpo_jax.tools.kernel.users import spare_user
+from hdpo_jax.tools.kernel.users import spare_users
 
 KERNEL = Path(__file__).parent / "kernel"
 KERNEL_INSIDE = "/kernel/kernel"
@@ -99,7 +99,7 @@ def sandboxed(command: Sequence[str], variables: Mapping[str, str], *, report: i
     arguments += ["--as-pid-1", "--new-session", "--hostname", "sandbox", "--clearenv", "--cap-drop", "ALL"]
     # For the namespaces of sessions, and to see what their processes use.
     arguments += ["--cap-add", "CAP_SYS_ADMIN", "--cap-add", "CAP_SYS_PTRACE"]
-    if spare_user(0) is not None:
+    if spare_users() is not None:
         # Root needs no user namespace here: sessions become others, whom the kernel can hold to a process limit.
         for capability in ("CAP_SETUID", "CAP_SETGID", "CAP_KILL"):
             arguments += ["--cap-add", capability]

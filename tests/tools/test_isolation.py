@@ -70,6 +70,29 @@ class TestSandbox:
     def test_nothing_of_the_machine_is_in_proc(self, session, run):
         assert run(session, "import os; sorted(os.listdir('/proc'))").text == "['1', 'self', 'thread-self']"
 
+    def test_proc_can_not_be_written(self, session, run):
+        """The weight of all sessions' processes is there, and who goes first when memory runs out."""
+        loop = "for name in autogroup oom_score_adj comm; do echo 19 > /proc/self/$name; done"
+        assert (
+            run(session, f"import subprocess; subprocess.getoutput({loop!r})").text.count("Read-only file system") == 3
+        )
+
+    def test_no_priority_over_others(self, session, run):
+        code = """
+import os
+outcome = []
+for action in (lambda: os.nice(-1), lambda: os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))):
+    try:
+        action()
+    except PermissionError:
+        outcome.append('refused')
+print(outcome)
+import subprocess; print(subprocess.getoutput('grep priority /proc/self/limits').split())
+"""
+        refused, limits = run(session, code).text.splitlines()
+        assert refused == "['refused', 'refused']"
+        assert limits == str(["Max", "nice", "priority", "0", "0", "Max", "realtime", "priority", "0", "0"])
+
     def test_no_network(self, session, run):
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]

@@ -14,11 +14,10 @@ import resource
 from dataclasses import dataclass
 
 from .seccomp import Program
-from .users import spare_user
 
 CLONE_NEWTIME, CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x0000_0080, 0x0002_0000, 0x0400_0000, 0x0800_0000
 CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x1000_0000, 0x2000_0000, 0x4000_0000
-MS_NOSUID, MS_NODEV, MS_NOEXEC = 2, 4, 8
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
 PR_SET_NO_NEW_PRIVS, PR_SET_CHILD_SUBREAPER = 38, 36
 PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 22, 2
 LINUX_CAPABILITY_VERSION_3 = 0x2008_0522
@@ -73,21 +72,21 @@ def next_forks_share_a_time_namespace() -> None:
     _libc.unshare(CLONE_NEWTIME)
 
 
-def confine(limits: Limits, session: int, forbidden: Program) -> None:
+def confine(limits: Limits, user: int | None, forbidden: Program) -> None:
     """Turns the calling process, the first of its PID namespace, into a session without rights.
 
-    `session`: its number; as root, each has a user of its own. `forbidden`: the filter of its system calls.
+    `user`: as whom root goes on. `forbidden`: the filter of its system calls.
     """
     # When the machine runs out of memory, a session goes before the host's own processes.
     _write("/proc/self/oom_score_adj", 1_000)
-    user = spare_user(session)
     spaces = CLONE_NEWNS | CLONE_NEWIPC | CLONE_NEWNET | CLONE_NEWUTS
     _check(_libc.unshare(spaces), "mount, IPC, network and UTS namespaces")
     options = f"size={limits.disk_mb}m,nr_inodes=16384,mode=1777".encode()
     _check(_libc.mount(b"tmpfs", b"/tmp", b"tmpfs", MS_NOSUID | MS_NODEV, options), "mounting /tmp")
-    _mount_proc(None)
+    _mount_proc(0, None)
     settings = os.open("/proc/sys", os.O_PATH | os.O_DIRECTORY)
-    _mount_proc(b"subset=pid")
+    # Not to be written: the share of the CPU that all sessions have together is set there, among others.
+    _mount_proc(MS_RDONLY, b"subset=pid")
     os.chdir("/tmp")
     if user is not None:
         os.setgroups([])
@@ -106,8 +105,8 @@ def confine(limits: Limits, session: int, forbidden: Program) -> None:
         resource.setrlimit(kind, (bound, bound))
 
 
-def _mount_proc(options: bytes | None) -> None:
-    flags = MS_NOSUID | MS_NODEV | MS_NOEXEC
+def _mount_proc(flags: int, options: bytes | None) -> None:
+    flags |= MS_NOSUID | MS_NODEV | MS_NOEXEC
     _check(_libc.mount(b"proc", b"/proc", b"proc", flags, options), "mounting /proc, which wants Linux 5.8")
 
 
@@ -131,6 +130,8 @@ def set_limits(limits: Limits) -> None:
         resource.RLIMIT_CORE: 1,
         resource.RLIMIT_MEMLOCK: 0,
         resource.RLIMIT_MSGQUEUE: 0,
+        resource.RLIMIT_NICE: 0,
+        resource.RLIMIT_RTPRIO: 0,
     }
     for kind, bound in bounds.items():
         hard = resource.getrlimit(kind)[1]

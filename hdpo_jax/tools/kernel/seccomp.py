@@ -51,6 +51,7 @@ def _steps(column: int, architecture: int) -> list[Step]:
         "socketpair": _none_but(0, syscalls.SOCKETS, errno.EAFNOSUPPORT),
         "ioctl": _all_but(1, syscalls.TERMINALS, errno.EPERM),
         "fcntl": _all_but(1, syscalls.LEASES, errno.EPERM),
+        "mmap": [*_load(3), (ANY_BIT, 0, 1, syscalls.HUGE_PAGES), *_error(errno.EPERM)],
         "personality": _none_but(0, syscalls.PERSONALITIES, errno.EPERM),
         "setrlimit": _all_but(0, (syscalls.RLIMIT_CORE,), errno.EPERM),
         "prlimit64": _all_but(1, (syscalls.RLIMIT_CORE,), errno.EPERM),

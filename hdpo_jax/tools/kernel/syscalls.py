@@ -76,6 +76,8 @@ REFUSED: dict[str, tuple[int | None, int | None]] = {
     "get_kernel_syms": (177, None),
     "query_module": (178, None),
     "reboot": (169, 142),
+    "sync": (162, 81),
+    "syncfs": (306, 267),
     "syslog": (103, 116),
     "acct": (163, 89),
     "vhangup": (153, 58),
@@ -112,6 +114,8 @@ TERMINALS = (0x5412, 0x541C, 0x541D, 0x5423)
 LEASES = (1024, 1026)
 """Requests of `fcntl` that make others wait who open a file, the host's processes among them, or tell of them:
 F_SETLEASE, F_NOTIFY."""
+HUGE_PAGES = 0x0004_0000
+"""Flag of `mmap` for pages that the host keeps in reserve, which count nowhere: MAP_HUGETLB."""
 PERSONALITIES = (0, 0xFFFF_FFFF)
 """The usual one, and the question which it is."""
 RLIMIT_CORE = 4
@@ -123,6 +127,7 @@ CONDITIONAL = {
     "socketpair": (53, 199),
     "ioctl": (16, 29),
     "fcntl": (72, 25),
+    "mmap": (9, 222),
     "personality": (135, 92),
     "setrlimit": (160, 164),
     "prlimit64": (302, 261),

@@ -17,7 +17,7 @@ import sys
 from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
 
-from . import frames, isolation, seccomp
+from . import frames, isolation, seccomp, users
 from .shell import Session
 from .watch import Watch
 
@@ -79,6 +79,7 @@ class Zygote:
         self._killed: dict[int, str] = {}
         """Sessions that are killed but not gone yet -> why."""
         self._namespace = os.open("/proc/self/ns/pid", os.O_RDONLY) if settings.isolated else -1
+        self._users = users.spare_users()
         self._forbidden = seccomp.program() if settings.isolated else None
         self._session = Session(output_chars=settings.output_chars, max_images=settings.max_images)
 
@@ -239,7 +240,8 @@ class Zygote:
             if self._forbidden is not None:
                 os.close(self._namespace)
                 isolation.set_limits(self._limits)
-                isolation.confine(self._limits, session, self._forbidden)
+                user = self._users[session % len(self._users)] if self._users else None
+                isolation.confine(self._limits, user, self._forbidden)
             else:
                 os.makedirs(self._folder(session))
                 os.chdir(self._folder(session))
