@@ -8,10 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from models.qwen3_vl.pixels import MAX_PIXELS, WIDEST
-
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-"""Others are refused: some of Pillow's readers start programs (EPS)."""
+from models.qwen3_vl.pixels import FORMATS, MAX_PIXELS, WIDEST
 
 MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*", b"MM\0*")
 """How files of these formats begin."""

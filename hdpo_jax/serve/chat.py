@@ -126,8 +126,8 @@ class Chat:
                 yield line
 
     def _attach(self, name: str) -> None:
-        names = shlex.split(name) or [""]
         try:
+            names = shlex.split(name) or [""]
             file = read_file(str(Path(names[0]).expanduser()), "image")
             image = load_image(file)
         except ValueError as error:

@@ -224,9 +224,14 @@ def split_calls(text: str, offered: Sequence[Mapping[str, Any]]) -> tuple[str, l
     return said.strip() if calls else said, calls
 
 
+LEAST_LOGPROB = -9999.0
+"""JSON has no infinity."""
+
+
 def token_record(text: str, logprob: float) -> dict[str, Any]:
     """One entry of `logprobs.content`."""
     partial = "\ufffd" in text
+    logprob = max(logprob, LEAST_LOGPROB)
     return {"token": text, "logprob": logprob, "bytes": None if partial else list(text.encode()), "top_logprobs": []}
 
 

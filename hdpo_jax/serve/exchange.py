@@ -16,6 +16,8 @@ from hdpo_jax.serve.text_stream import TextStream
 from hdpo_jax.types import StopReason, Trajectory, Turn
 
 LARGEST_SEED = 2**31
+COLDEST = 1e-3
+"""Of temperatures; below it the likeliest token is taken."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +50,9 @@ class Wish:
 
     @property
     def own(self) -> OwnSampling:
-        numbers: Any = self.temperature, self.top_k, self.top_p, self.min_p
+        # Logits over a number that small are no numbers any more, and the likeliest token is all that can be drawn.
+        temperature = self.temperature if self.temperature >= COLDEST else 0.0
+        numbers: Any = temperature, self.top_k, self.top_p, self.min_p
         return OwnSampling(*numbers)
 
 

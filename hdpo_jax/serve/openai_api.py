@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 
+from hdpo_jax.rollout.prompts import Question
 from hdpo_jax.serve.chat_format import (
     ChatRequest,
     Reply,
@@ -70,14 +71,16 @@ def make_app(service: Service, name: str, *, system_prompt: str | None = None) -
             return _refusal(404, f"there is no model {asked.model[:80]!r} here; expected {name!r}", "model")
         asked.check()
         prompt = asked.prompt() if system_prompt is None else _for_agent(asked, system_prompt)
-        question = await anyio.to_thread.run_sync(service.question, prompt)
+        question = await anyio.to_thread.run_sync(_question, service, prompt)
         exchange = Exchange(service, question, _wish(asked, service))
         exchange.begin()
         answer = _Answer(asked, exchange, Reply(name), agent=system_prompt is not None)
         if asked.stream:
             return StreamingResponse(answer.parts(), media_type="text/event-stream")
-        whole = await _unless_gone(request, answer.whole())
-        exchange.leave()
+        try:
+            whole = await _unless_gone(request, answer.whole())
+        finally:
+            exchange.leave()
         return JSONResponse(whole) if whole else JSONResponse({}, 499)
 
     @app.exception_handler(RequestError)
@@ -89,10 +92,6 @@ def make_app(service: Service, name: str, *, system_prompt: str | None = None) -
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"] if part != "body")
         return _refusal(400, f"{place or 'the body'}: {first['msg']}", place or None)
-
-    @app.exception_handler(ValueError)
-    async def impossible(_: Request, error: ValueError) -> JSONResponse:
-        return _refusal(400, " ".join(str(error).split())[:500])
 
     @app.exception_handler(Busy)
     async def busy(_: Request, error: Busy) -> JSONResponse:
@@ -107,6 +106,14 @@ def make_app(service: Service, name: str, *, system_prompt: str | None = None) -
         return _refusal(502, str(error))
 
     return app
+
+
+def _question(service: Service, prompt: Prompt) -> Question:
+    """Raises RequestError where the prompt can not be asked."""
+    try:
+        return service.question(prompt)
+    except ValueError as error:
+        raise RequestError(" ".join(str(error).split())[:500], "messages") from error
 
 
 def _wish(asked: ChatRequest, service: Service) -> Wish:

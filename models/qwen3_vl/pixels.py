@@ -9,13 +9,16 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from models.qwen3_vl.images import EncodedImage
 from models.qwen3_vl.sources import Source, named, read_file
 
 MAX_PIXELS = 89_478_485
 """A larger image is refused before it is decoded (Pillow warns from this size on: 256 MiB of RGB)."""
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+"""What image files may be. Others are refused: some of Pillow's readers start programs (EPS)."""
 
 WIDEST = 200
 """Longest over shortest side that the model was made for."""
@@ -133,12 +136,12 @@ def _normalised_levels(settings: PatchSettings) -> Float[np.ndarray, "channels 2
 def load_image(source: Source) -> Image.Image:
     """Decodes a file's bytes, a path or a base64 data URI to upright RGB, as transformers' `load_image` does.
 
-    EXIF orientation is applied; an alpha channel is dropped. Raises ValueError, one line, for what can not be decoded
-    and for images of more than `MAX_PIXELS`.
+    EXIF orientation is applied; an alpha channel is dropped. Raises ValueError, one line, for what is not of `FORMATS`
+    or can not be decoded, and for images of more than `MAX_PIXELS`.
     """
     name = named(source, "image")
     try:
-        with Image.open(io.BytesIO(read_file(source, "image"))) as image:
+        with Image.open(io.BytesIO(read_file(source, "image")), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{name} has {image.width} x {image.height} pixels; expected at most {MAX_PIXELS:,}")
             return ImageOps.exif_transpose(image).convert("RGB")
@@ -146,6 +149,8 @@ def load_image(source: Source) -> Image.Image:
         raise
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name} has too many pixels; expected at most {MAX_PIXELS:,}") from error
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{name} can not be decoded: expected one of {', '.join(FORMATS)}") from error
     except Exception as error:  # Decoders of broken files raise nearly anything: OSError, SyntaxError, struct.error…
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{name} can not be decoded: {reason}") from error

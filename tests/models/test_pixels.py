@@ -129,7 +129,7 @@ def test_loads_what_transformers_loads(content, tmp_path):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (b"not an image", "image of 12 bytes can not be decoded: cannot identify image file"),
+        (b"not an image", "image of 12 bytes can not be decoded: expected one of JPEG, PNG"),
         (b"", "image of 0 bytes can not be decoded"),
         (png(noise(200, 200))[:5000], "can not be decoded: image file is truncated"),
         ("data:image/png;base64,AAAA####", "is not base64; expected data:image/png;base64"),
@@ -155,3 +155,11 @@ def test_a_bomb_is_refused_before_it_is_decoded(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000)  # Pillow itself raises from twice its limit on
     with pytest.raises(ValueError, match="has too many pixels"):
         load_image(bomb)
+
+
+def test_formats_whose_readers_start_programs_are_refused():
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "EPS")
+    with pytest.raises(ValueError, match="expected one of JPEG, PNG") as refusal:
+        load_image(file.getvalue())
+    assert "\n" not in str(refusal.value)

@@ -91,6 +91,7 @@ def test_the_same_seed_says_the_same_and_another_one_does_not(server):
     assert said(temperature=0, seed=1) == said(temperature=0, seed=2)
     assert said(top_p=1e-6, seed=1) == said(temperature=0)
     assert said(extra_body={"top_k": 1}, seed=3) == said(temperature=0)
+    assert said(temperature=1e-30, seed=4) == said(temperature=0)  # whose logits would be no numbers
 
 
 def test_a_stream_says_the_same_in_parts(server):
