@@ -1,4 +1,4 @@
-"""Reward functions of users, by import path: `module:function`.
+"""Reward functions of users, by import path: `module:function`, or `file.py:function`.
 
     # my_rewards.py
     def same_colour(claim):                       # rewards.verifiers rules my_rewards:same_colour
@@ -15,14 +15,12 @@ be asked, and has the group left out of the update. Functions run in this proces
 judge too, in several threads at a time.
 """
 
-import importlib
-import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from hdpo_jax import import_paths
 from hdpo_jax.config import ConfigError
 from hdpo_jax.rewards.verdict import Claim, Verdict, Verifier, VerifierOutage
 from hdpo_jax.types import Trajectory
@@ -32,30 +30,17 @@ class RewardFunctionFailed(RuntimeError):
     """A user's function raised, or returned something else than it should; the message names it."""
 
 
-def load_function(path: str, setting: str) -> Callable[..., Any]:
-    """The function at `module:function`; ConfigError, one line that names the setting, where there is none.
-
-    Modules are found as in `python -m`: those of the folder that the command runs in, too.
-    """
-    module, _, name = path.partition(":")
-    if not module or not name:
-        raise ConfigError(f"{setting} holds {path!r}; expected a function as module:function")
-    if not {"", os.getcwd()} & {*sys.path}:
-        sys.path.append(os.getcwd())
-    try:
-        found: Any = importlib.import_module(module)
-    except Exception as error:
-        raise ConfigError(f"{setting} holds {path!r}: {type(error).__name__}: {error}") from error
-    for part in name.split("."):
-        found = getattr(found, part, None)
+def _function(path: str, setting: str) -> Callable[..., Any]:
+    """Raises ConfigError, one line that names the setting, where there is none at this path."""
+    found = import_paths.load(path, setting)
     if not callable(found):
-        raise ConfigError(f"{setting} holds {path!r}: {module} has no function {name}")
+        raise ConfigError(f"{setting} holds {path!r}, which is {type(found).__name__}; expected a function")
     return found
 
 
 def custom_verifier(path: str) -> Verifier:
     """A user's `function(claim) -> True, False or None`."""
-    function = load_function(path, "rewards.verifiers")
+    function = _function(path, "rewards.verifiers")
 
     def ask(claim: Claim) -> bool | None:
         found = _called(path, function, claim)
@@ -68,7 +53,7 @@ def custom_verifier(path: str) -> Verifier:
 
 def custom_reward(path: str) -> Callable[[Trajectory, Verdict], Verdict]:
     """A user's `function(trajectory, verdict) -> Verdict`."""
-    function = load_function(path, "rewards.function")
+    function = _function(path, "rewards.function")
 
     def ask(trajectory: Trajectory, verdict: Verdict) -> Verdict:
         found = _called(path, function, trajectory, verdict)

@@ -4,6 +4,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -161,6 +162,7 @@ def prefers_few_words(trajectory: Trajectory, verdict: Verdict) -> Verdict:
     return verdict._replace(accuracy=verdict.accuracy - 0.01 * len(trajectory.response_text.split()))
 
 
+CWD = Path.cwd()
 HERE = "tests.rewards.test_scorer"
 
 
@@ -198,11 +200,15 @@ def test_a_function_that_fails_ends_the_run_and_is_named_and_one_that_is_away_is
 @pytest.mark.parametrize(
     ("path", "said"),
     [
-        ("judges", "rewards.verifiers holds 'judges'; expected a function as module:function"),
-        (":f", "rewards.verifiers holds ':f'; expected a function as module:function"),
-        ("no.such:f", "rewards.verifiers holds 'no.such:f': ModuleNotFoundError: No module named 'no'"),
-        (f"{HERE}:nothing", f"rewards.verifiers holds '{HERE}:nothing': {HERE} has no function nothing"),
-        (f"{HERE}:HERE", f"rewards.verifiers holds '{HERE}:HERE': {HERE} has no function HERE"),
+        ("judges", "rewards.verifiers holds 'judges'; expected module:name or file.py:name"),
+        (":f", "rewards.verifiers holds ':f'; expected module:name or file.py:name"),
+        (
+            "no.such:f",
+            f"rewards.verifiers holds 'no.such:f': there is no module no.such, neither installed nor in {CWD}",
+        ),
+        ("no/such.py:f", f"rewards.verifiers holds 'no/such.py:f': there is no file {CWD}/no/such.py"),
+        (f"{HERE}:nothing", f"rewards.verifiers holds '{HERE}:nothing': {HERE} has no nothing"),
+        (f"{HERE}:HERE", f"rewards.verifiers holds '{HERE}:HERE', which is str; expected a function"),
     ],
 )
 def test_a_function_that_is_not_there_is_refused_in_one_line(path, said):
