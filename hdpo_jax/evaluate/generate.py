@@ -2,7 +2,8 @@
 
 import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from hdpo_jax.config import AgentConfig, Dtype, ModelConfig, RolloutConfig, Tool
 from hdpo_jax.evaluate.messages import GivenMessages, encode_given, power_of_two, read_conversations
 from hdpo_jax.files import write_text_atomically
 from hdpo_jax.tools.protocol import TOOL_CALL_END, parse_tool_call
+from hdpo_jax.tools.system_prompt import system_prompt
 from hdpo_jax.tools.toolbox import open_toolbox
 from hdpo_jax.train.policy import Policy, load_policy
 from hdpo_jax.types import Prompt, ToolCall, Trajectory
@@ -38,10 +40,12 @@ def generate_file(
     """Writes one JSON object a conversation: text, token_ids, logprobs, stop_reason, tool_calls.
 
     `token_ids` and `logprobs` are those of the sampled tokens, the closing one included. Without tools, calls are
-    parsed and reported but not run.
+    parsed and reported but not run; with tools, conversations without a system message get one that describes them.
     """
     conversations = read_conversations(messages)
     with open_toolbox(tools) if tools else contextlib.nullcontext() as toolbox:
+        if toolbox:
+            conversations = [_told_of_tools(conversation, toolbox.schemas) for conversation in conversations]
         policy = load_policy(ModelConfig(path=str(model), dtype=dtype), MeshAxes())
         rollout = _rollout_for(policy, conversations, max_new_tokens, temperature, with_tools=tools is not None)
         agent = AgentConfig(
@@ -68,6 +72,13 @@ def generate_file(
             )
     lines = [json.dumps(_record(trajectory), ensure_ascii=False) for trajectory in trajectories]
     write_text_atomically(output, "\n".join(lines) + "\n")
+
+
+def _told_of_tools(conversation: GivenMessages, schemas: Sequence[Mapping[str, Any]]) -> GivenMessages:
+    if conversation.messages[0]["role"] == "system":
+        return conversation
+    system = {"role": "system", "content": system_prompt(schemas)}
+    return replace(conversation, messages=[system, *conversation.messages])
 
 
 def _record(trajectory: Trajectory) -> dict[str, Any]:

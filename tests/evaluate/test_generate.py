@@ -1,6 +1,7 @@
 """`hdpo generate` against transformers' own generate."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import torch
 from transformers import Qwen3VLForConditionalGeneration
 
 from hdpo_jax.config import ToolsConfig
-from hdpo_jax.evaluate.generate import _calls, generate_file
-from hdpo_jax.evaluate.messages import MessagesError
+from hdpo_jax.evaluate.generate import _calls, _told_of_tools, generate_file
+from hdpo_jax.evaluate.messages import GivenMessages, MessagesError
+from hdpo_jax.tools import SCHEMAS
 from models.qwen3_vl.processing import Processor
 from tests.evaluate.oracle import data_uri, model_inputs, picture, user, user_with_videos, write_lines
 
@@ -80,6 +82,16 @@ def test_every_call_of_a_turn_is_reported():
     call = '<tool_call>{"name": "python", "arguments": {"code": "1"}}</tool_call>'
     found = _calls(f"<reason>a</reason>{call}<reason>b</reason>{call}<tool_call>{{")
     assert [(one.name, dict(one.arguments), one.error) for one in found] == [("python", {"code": "1"}, None)] * 2
+
+
+def test_a_conversation_that_says_nothing_of_tools_is_told_of_them():
+    plain = GivenMessages(line=1, place="", messages=[{"role": "user", "content": "?"}], images=[], videos=[])
+    told = _told_of_tools(plain, [SCHEMAS["python"]]).messages
+    assert told[1:] == plain.messages and told[0]["role"] == "system"
+    for word in ('"name": "python"', '"code"', "<reason>", "<tool_call>", "<answer>", "as few tool calls as needed"):
+        assert word in told[0]["content"]
+    own = replace(plain, messages=[{"role": "system", "content": "mine"}, *plain.messages])
+    assert _told_of_tools(own, [SCHEMAS["python"]]) == own
 
 
 @pytest.mark.slow
