@@ -11,6 +11,7 @@ import socket
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import urlsplit
 
 import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -109,7 +110,9 @@ class Guard:
         await self._admit(scope, receive, heard)
 
     async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["path"] not in self._public and not self._may(scope):
+        if self._token is None and (stranger := _by_a_page(scope)):
+            await refuse(send, 403, f"{stranger}, and without a token only programs of this machine may ask")
+        elif scope["path"] not in self._public and not self._may(scope):
             await refuse(send, 401, "a bearer token is needed that fits", {"WWW-Authenticate": "Bearer"})
         elif scope["path"] in self._unbounded:
             await self._app(scope, receive, send)
@@ -256,6 +259,21 @@ def _listener(host: str, port: int) -> socket.socket:
     # Connections inherit it. Without, a body that follows its headers waits for 40 ms.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
+
+
+def _by_a_page(scope: Scope) -> str:
+    """What says that a web page asks, in a browser of this machine; empty: nothing does.
+
+    A page may send what it likes to a loopback address, and under a name of its own that leads there read the answer.
+    """
+    headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+    if b"origin" in headers:
+        return f"the request comes from the page {headers[b'origin'][:80]!r}"
+    try:
+        name = urlsplit(f"//{headers.get(b'host', 'localhost')}").hostname or ""
+    except ValueError:
+        name = ""
+    return "" if is_loopback(name) else f"the request is for {name[:80]!r}"
 
 
 def _declared(scope: Scope) -> int:

@@ -159,14 +159,14 @@ def in_thread(address: str, seconds: float) -> tuple[threading.Thread, list[http
     path = f"{address}/size?seconds={seconds}"
     thread = threading.Thread(target=lambda: answers.append(httpx.get(path, timeout=20)))
     thread.start()
-    time.sleep(0.3)
+    time.sleep(1.5)  # a client takes its time to come in on a busy machine
     return thread, answers
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_running_requests_finish_and_no_others_in(number: signal.Signals):
     with process(drain_seconds=20) as (server, address), httpx.Client() as client:
-        thread, answers = in_thread(address, 1.5)
+        thread, answers = in_thread(address, 4)
         assert client.get(f"{address}/size").status_code == 200
         server.send_signal(number)
         time.sleep(0.3)
@@ -206,3 +206,25 @@ def test_an_address_in_use_is_one_line():
             http_server.serve(application(), host="127.0.0.1", port=port, drain_seconds=1)
     with pytest.raises(ConfigError, match="can not listen on 127.0.0.1, port 70000"):
         http_server.serve(application(), host="127.0.0.1", port=70000, drain_seconds=1)
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"Host": "localhost:1"}, 200),
+        ({"Host": "[::1]:1"}, 200),
+        ({"Host": "evil.example"}, 403),  # a name that a page has lead here
+        ({"Host": "127.0.0.1.evil.example:80"}, 403),
+        ({"Origin": "https://evil.example"}, 403),
+        ({"Origin": "null", "Content-Type": "text/plain"}, 403),
+    ],
+    ids=str,
+)
+def test_without_a_token_no_web_page_may_ask(headers, status):
+    with served(application()) as port, httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
+        assert client.post("/size", content=b"x", headers=headers).status_code == status
+    with served(application(TOKEN)) as port, httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
+        # Whoever shows the secret may come from where they like.
+        shown = {"Authorization": f"Bearer {TOKEN}", **headers}
+        assert client.post("/size", content=b"x", headers=shown).status_code == 200

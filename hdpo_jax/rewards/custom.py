@@ -15,6 +15,7 @@ be asked, and has the group left out of the update. Functions run in this proces
 judge too, in several threads at a time.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -59,6 +60,8 @@ def custom_reward(path: str) -> Callable[[Trajectory, Verdict], Verdict]:
         found = _called(path, function, trajectory, verdict)
         if not isinstance(found, Verdict):
             raise RewardFunctionFailed(f"{path} returned {found!r}; expected a hdpo_jax.rewards.Verdict")
+        if not all(math.isfinite(value) for value in found):
+            raise RewardFunctionFailed(f"{path} returned {found!r}; expected finite numbers")
         return found
 
     return ask

@@ -105,7 +105,7 @@ class Rollout:
             self._source.wait()
         self._start()
         self._gather_answers()
-        if not self._live and not self._source:
+        if not self._live and self._source.ended:
             return None
         return self._scheduler.plan()
 
@@ -146,7 +146,10 @@ class Rollout:
     def _start(self) -> None:
         """Opens groups while more may be under way."""
         while self._source and len(self._live) < self._in_flight:
-            question, group, members = self._source.pop()
+            opening = self._source.pop()
+            if opening is None:
+                continue
+            question, group, members = opening
             prompt = Strand.of(question)
             strands = []
             for sample, member in enumerate(members):
@@ -206,6 +209,9 @@ class Rollout:
             return False
         if live.held_back:
             self._end_here(live, StopReason.CALL_LIMIT)
+            return True
+        if begun + len(self._answer_start) >= strand.limit:
+            self._end_here(live, StopReason.TOKEN_BUDGET)
             return True
         live.held_back = True
         live.rewind(begun)

@@ -4,9 +4,11 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
+from PIL import Image
 
 from hdpo_jax.config import RolloutConfig
 from hdpo_jax.data.kept import Kept
@@ -14,7 +16,7 @@ from hdpo_jax.types import Prompt
 from models.policy import PolicyProcessor
 from models.qwen3_vl import EncodedImage
 from models.qwen3_vl.images import mrope_positions
-from models.qwen3_vl.processing import load_image
+from models.qwen3_vl.pixels import load_image
 
 ENCODERS = 2
 """Threads that encode prompts ahead of their turn."""
@@ -61,7 +63,9 @@ class PromptEncoder:
         return None
 
     def _encode(self, prompt: Prompt) -> Question:
-        images = [load_image(image) for image in prompt.images]
+        if len(prompt.images) > self._config.patches:  # each has a patch at least
+            raise PromptTooLong(f"{_named(prompt)} has {len(prompt.images)} images; expected fewer")
+        images = _Decoded(prompt.images)
         encoded = self._processor.encode_messages(prompt.messages, images, prompt.videos, tools=prompt.tools)
         grids = [image.grid for image in encoded.images]
         positions, _ = mrope_positions(encoded.token_ids, grids, self._processor.config)
@@ -77,8 +81,24 @@ class PromptEncoder:
             (largest, "patches in one image", config.image_patches, "rollout.shapes"),
         ):
             if found > most:
-                name = f"prompt {prompt.id}" if prompt.id else "the prompt"
-                raise PromptTooLong(f"{name} has {found} {what}; expected at most {most} ({setting})")
+                raise PromptTooLong(f"{_named(prompt)} has {found} {what}; expected at most {most} ({setting})")
+
+
+class _Decoded(Sequence[Image.Image]):
+    """Image files, each decoded when it is asked for: all at a time, a stranger's small files may be very large."""
+
+    def __init__(self, files: Sequence[bytes]):
+        self._files = files
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, place: Any) -> Any:
+        return load_image(self._files[place])
+
+
+def _named(prompt: Prompt) -> str:
+    return f"prompt {prompt.id}" if prompt.id else "the prompt"
 
 
 class Intake:

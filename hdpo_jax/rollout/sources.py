@@ -55,11 +55,18 @@ class Source(Protocol):
         """Openings that are there, or on their way."""
         ...
 
-    def wait(self) -> None:
-        """Until there is an opening, or will be none; called where nothing is under way."""
+    @property
+    def ended(self) -> bool:
+        """There is no opening, and there will be none."""
         ...
 
-    def pop(self) -> Opening: ...
+    def wait(self) -> None:
+        """Until there is an opening, or the source has ended; called where nothing is under way."""
+        ...
+
+    def pop(self) -> Opening | None:
+        """The next; None: whoever asked has gone."""
+        ...
 
     def finished(self, trajectory: Trajectory) -> None: ...
 
@@ -95,6 +102,10 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self._intake)
+
+    @property
+    def ended(self) -> bool:
+        return not self._intake
 
     def wait(self) -> None: ...
 

@@ -1,10 +1,13 @@
 """`hdpo chat`: a conversation in the terminal, with images and tools; every call and its result is shown."""
 
+import contextlib
 import io
 import queue
 import shlex
+import signal
 import tempfile
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,7 +20,7 @@ from rich.syntax import Syntax
 
 from hdpo_jax.config import AgentConfig, Dtype, ModelConfig, RolloutConfig, ToolsConfig
 from hdpo_jax.rollout.sources import Member
-from hdpo_jax.serve.exchange import Follower, Told, Wish, fresh_seed
+from hdpo_jax.serve.exchange import Follower, Told, Wish
 from hdpo_jax.serve.service import Closed, Service
 from hdpo_jax.serve.text_stream import TextStream
 from hdpo_jax.tools.protocol import parse_tool_call
@@ -150,34 +153,36 @@ class Chat:
         told: queue.SimpleQueue[Told | None] = queue.SimpleQueue()
         stream = partial(TextStream, self._service.policy.processor.decode)
         follower = Follower(0, stream, told.put)
-        seed = fresh_seed() if self._wish.seed is None else self._wish.seed
         ended = partial(told.put, None)
         self._service.watch(ended)
-        self._service.ask(question, [Member((seed, 0, 0), self._wish.most_tokens, self._wish.own, follower)])
+        self._service.ask(
+            question, [Member((self._wish.drawn_seed, 0, 0), self._wish.most_tokens, self._wish.own, follower)]
+        )
         try:
-            self._conversation.add(self._shown(told, follower))
+            with _on_interrupt(lambda: setattr(follower, "gone", True)):
+                self._conversation.add(self._shown(told))
         finally:
             self._service.unwatch(ended)
 
-    def _shown(self, told: "queue.SimpleQueue[Told | None]", follower: Follower) -> list[Turn]:
-        """Prints what is told as it comes; the turns."""
+    def _shown(self, told: "queue.SimpleQueue[Told | None]") -> list[Turn]:
+        """Prints what is told as it comes; the turns, the one that was stopped included."""
         turns: list[Turn] = []
+        said = ""
         self._console.print("[bold magenta]model[/] ", end="")
         while True:
-            try:
-                one = told.get()
-                if one is None:
-                    raise Closed("the engine has ended; the lines above say why")
-                if one.text:
-                    self._console.print(escape(one.text), end="", soft_wrap=True)
-                if one.turn:
-                    turns.append(one.turn)
-                    self._show(one.turn)
-                if one.stop is not None:
-                    self._end(one.stop)
-                    return turns
-            except KeyboardInterrupt:
-                follower.gone = True  # the engine hears of it after this chunk, and tells that the answer has ended
+            one = told.get()
+            if one is None:
+                raise Closed("the engine has ended; the lines above say why")
+            said += one.text
+            if one.text:
+                self._console.print(_plain(one.text), end="", soft_wrap=True)
+            if one.turn:
+                turns.append(one.turn)
+                said = ""
+                self._show(one.turn)
+            if one.stop is not None:
+                self._end(one.stop)
+                return [*turns, Turn(role="assistant", text=said)] if said else turns
 
     def _show(self, turn: Turn) -> None:
         self._console.print()
@@ -185,10 +190,10 @@ class Chat:
             call = parse_tool_call(turn.text)
             code = call.arguments.get("code") if call and not call.error else None
             if call and isinstance(code, str):
-                self._console.print(Panel(Syntax(code, "python", word_wrap=True), title=escape(call.name)))
+                self._console.print(Panel(Syntax(_printable(code), "python", word_wrap=True), title=_plain(call.name)))
             return
         pictures = [f"\\[{image.width} x {image.height}: {self._saved(image)}]" for image in turn.images]
-        self._console.print(Panel("\n".join([escape(turn.text), *pictures]).strip(), title="result", style="green"))
+        self._console.print(Panel("\n".join([_plain(turn.text), *pictures]).strip(), title="result", style="green"))
         self._console.print("[bold magenta]model[/] ", end="")
 
     def _saved(self, image: Any) -> Path:
@@ -206,6 +211,26 @@ class Chat:
         }
         if stop in said:
             self._console.print(f"({said[stop]})", style="dim")
+
+
+@contextlib.contextmanager
+def _on_interrupt(stop: Callable[[], None]) -> Iterator[None]:
+    """Ctrl-C calls `stop` meanwhile, and raises nothing wherever it may come."""
+    before = signal.signal(signal.SIGINT, lambda *_: stop())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _printable(text: str) -> str:
+    """Without what would speak to the terminal: what a model writes or a web page says is not trusted."""
+    return "".join(letter for letter in text if letter in "\n\t" or unicodedata.category(letter) not in ("Cc", "Cs"))
+
+
+def _plain(text: str) -> str:
+    """Printable, and no markup."""
+    return escape(_printable(text))
 
 
 def _png(image: Any) -> bytes:

@@ -167,7 +167,7 @@ def _arguments(arguments: str | dict[str, Any]) -> Any:
     if isinstance(arguments, str):
         try:
             return json.loads(arguments)
-        except ValueError:
+        except (ValueError, RecursionError):
             return arguments
     return arguments
 
@@ -217,7 +217,7 @@ def split_calls(text: str, offered: Sequence[Mapping[str, Any]]) -> tuple[str, l
             outside.append(TOOL_CALL_START + piece)
             continue
         outside.append(after)
-        arguments = json.dumps(call.arguments, ensure_ascii=False)
+        arguments = json.dumps(call.arguments)
         function = {"name": call.name, "arguments": arguments}
         calls.append({"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function})
     said = "".join(outside)

@@ -1,6 +1,7 @@
 """One request under way: followers in the engine's thread tell what was sampled, and whoever asked hears of it."""
 
 import asyncio
+import contextlib
 import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,10 @@ from hdpo_jax.serve.text_stream import TextStream
 from hdpo_jax.types import StopReason, Trajectory, Turn
 
 LARGEST_SEED = 2**31
+LARGEST_TOP_K = 2**20
+"""More than any vocabulary has."""
+SMALLEST_TOP_P = 1e-6
+"""Less is nothing in fp32; the likeliest token is all that is left before that."""
 COLDEST = 1e-3
 """Of temperatures; below it the likeliest token is taken."""
 
@@ -49,10 +54,14 @@ class Wish:
     stops: Sequence[str] = ()
 
     @property
+    def drawn_seed(self) -> int:
+        return secrets.randbelow(LARGEST_SEED) if self.seed is None else self.seed % LARGEST_SEED
+
+    @property
     def own(self) -> OwnSampling:
         # Logits over a number that small are no numbers any more, and the likeliest token is all that can be drawn.
         temperature = self.temperature if self.temperature >= COLDEST else 0.0
-        numbers: Any = temperature, self.top_k, self.top_p, self.min_p
+        numbers: Any = temperature, min(self.top_k, LARGEST_TOP_K), max(self.top_p, SMALLEST_TOP_P), self.min_p
         return OwnSampling(*numbers)
 
 
@@ -104,7 +113,7 @@ class Exchange:
         send = partial(_from_thread, loop, self._told)
         stream = partial(TextStream, processor.decode, wish.stops)
         self._followers = [Follower(choice, stream, send) for choice in range(wish.choices)]
-        seed = fresh_seed() if wish.seed is None else wish.seed % LARGEST_SEED
+        seed = wish.drawn_seed
         members = [
             Member((seed, 0, choice), wish.most_tokens, wish.own, follower)
             for choice, follower in enumerate(self._followers)
@@ -134,11 +143,6 @@ class Exchange:
             follower.gone = True
 
 
-def fresh_seed() -> int:
-    """Another one each time."""
-    return secrets.randbelow(LARGEST_SEED)
-
-
 def _from_thread(loop: asyncio.AbstractEventLoop, queue: asyncio.Queue, told: Told | BaseException) -> None:
-    if not loop.is_closed():
+    with contextlib.suppress(RuntimeError):  # the loop has ended, and whoever asked with it
         loop.call_soon_threadsafe(queue.put_nowait, told)

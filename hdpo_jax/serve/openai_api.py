@@ -112,7 +112,7 @@ def _question(service: Service, prompt: Prompt) -> Question:
     """Raises RequestError where the prompt can not be asked."""
     try:
         return service.question(prompt)
-    except ValueError as error:
+    except (ValueError, TypeError, RecursionError) as error:  # TypeError: half of a surrogate pair, which is no text
         raise RequestError(" ".join(str(error).split())[:500], "messages") from error
 
 
@@ -268,7 +268,7 @@ class _Answer:
 
 
 def _event(record: dict[str, Any]) -> str:
-    return f"data: {json.dumps(record, ensure_ascii=False)}\n\n"
+    return f"data: {json.dumps(record)}\n\n"
 
 
 async def _unless_gone(request: Request, answer: Awaitable[T]) -> T | None:

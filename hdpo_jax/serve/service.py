@@ -44,21 +44,29 @@ class Requests:
             if self._closed:
                 raise Closed("the server is shutting down")
             if len(self._waiting) >= self._most:
+                self._waiting = deque(opening for opening in self._waiting if not _gone(opening))
+            if len(self._waiting) >= self._most:
                 raise Busy(f"{self._most} requests are waiting already")
             self._waiting.append(opening)
             self._changed.notify_all()
 
     def __len__(self) -> int:
         with self._changed:
-            return len(self._of_those_still_there())
+            return len(self._waiting)
+
+    @property
+    def ended(self) -> bool:
+        with self._changed:
+            return self._closed and not self._waiting
 
     def wait(self) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: self._of_those_still_there() or self._closed)
+            self._changed.wait_for(lambda: self._waiting or self._closed)
 
-    def pop(self) -> Opening:
+    def pop(self) -> Opening | None:
         with self._changed:
-            return self._waiting.popleft()
+            opening = self._waiting.popleft()
+        return None if _gone(opening) else opening
 
     def finished(self, trajectory: Trajectory) -> None:
         """Whoever asked has heard of it from their listener."""
@@ -73,10 +81,10 @@ class Requests:
             self._closed = True
             self._changed.notify_all()
 
-    def _of_those_still_there(self) -> deque[Opening]:
-        while self._waiting and all(member.listener and member.listener.gone for member in self._waiting[0].members):
-            self._waiting.popleft()
-        return self._waiting
+
+def _gone(opening: Opening) -> bool:
+    """Whether nobody waits for it any more."""
+    return all(member.listener and member.listener.gone for member in opening.members)
 
 
 class Service:
@@ -102,6 +110,7 @@ class Service:
         self._rollout: Rollout = self._sampler.rollout_of(self._requests, alone=False)
         self.error: BaseException | None = None
         """What ended the engine, where nobody asked it to."""
+        self._stopped = False
         self._watchers: dict[Callable[[], None], None] = {}
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -141,6 +150,7 @@ class Service:
 
     def stop(self, seconds: float) -> None:
         """Answers what was asked, for so long at most; then whatever is left is given up."""
+        self._stopped = True
         self._requests.close()
         self._thread.join(seconds)
         if self._thread.is_alive():
@@ -150,6 +160,8 @@ class Service:
     def _run(self) -> None:
         try:
             self._sampler.run(self.policy.params, self._rollout)
+            if not self._stopped:
+                raise RuntimeError("the engine ended before it was told to")
         except CancelledError:
             pass
         except BaseException as error:

@@ -151,8 +151,9 @@ class RemoteSession:
             try:
                 return self._ask_server(server, call, name, until)
             except Unanswered as error:
-                # Without state there, nothing is lost by going elsewhere.
-                if self._opened or self._closed.is_set() or time.monotonic() >= (until if error.busy else lost):
+                # Without state there, nothing is lost by going elsewhere; but a call that ran is not run once more.
+                ran = error.may_have_run and not server.repeats
+                if self._opened or ran or self._closed.is_set() or time.monotonic() >= (until if error.busy else lost):
                     raise
                 self._start_afresh()
                 if error.busy or not self._box.servers.any_untroubled:

@@ -95,11 +95,11 @@ class FunctionTool:
         try:
             error = future.exception(seconds)
         except TimeoutError:
-            return self._failed(_late(seconds))
+            return self._failed(_late(seconds), timed_out=True)
         if error is None:
             return future.result()
         if isinstance(error, _Late):
-            return self._failed(str(error))
+            return self._failed(str(error), timed_out=True)
         logger.info("the %s tool failed", self.name, exc_info=error)
         return self._failed(error_in_words(error))
 
@@ -111,7 +111,7 @@ class FunctionTool:
                 value = asyncio.run(_in_time(value, self._config.timeout_seconds))
             if isinstance(value, Observation):
                 bounded = observation([value.text, *value.images], self._config, ok=value.ok)
-                future.set_result(replace(bounded, lost=value.lost))
+                future.set_result(replace(bounded, lost=value.lost, timed_out=value.timed_out))
             else:
                 future.set_result(observation(_parts(value), self._config))
         except BaseException as error:
@@ -119,8 +119,8 @@ class FunctionTool:
         finally:
             self._threads.release()
 
-    def _failed(self, reason: str) -> Observation:
-        return Observation(text=f"[{self.name} failed: {reason}]", ok=False)
+    def _failed(self, reason: str, *, timed_out: bool = False) -> Observation:
+        return Observation(text=f"[{self.name} failed: {reason}]", ok=False, timed_out=timed_out)
 
 
 class FunctionSession:

@@ -36,10 +36,12 @@ logger = logging.getLogger(__name__)
 class Unanswered(Exception):
     """A server that was asked often enough, and did not answer; the message says why."""
 
-    def __init__(self, reason: str, *, busy: bool = False):
+    def __init__(self, reason: str, *, busy: bool = False, may_have_run: bool = False):
         super().__init__(reason)
         self.busy = busy
         """It is there, and has no room."""
+        self.may_have_run = may_have_run
+        """The call, and its answer was lost."""
 
 
 class Refused(Exception):
@@ -134,7 +136,7 @@ class Server:
             pause = min(2 * pause, LONGEST_PAUSE)
             drawn = max(after, pause * random.uniform(0.5, 1.0))
             if not patient or not may or over() or now + drawn >= until:
-                raise Unanswered(f"{self.name}: {reason}", busy=busy)
+                raise Unanswered(f"{self.name}: {reason}", busy=busy, may_have_run=not not_run)
             wait(drawn)
 
     def close(self) -> None:

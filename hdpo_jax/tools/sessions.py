@@ -24,6 +24,7 @@ CLOSE_SECONDS = 30.0
 PATIENCE = 5.0
 """How long all of them may take when the server ends; what is left of them ends with the tools."""
 LOST = "[The tool server does not know this trajectory any more: all variables are lost, and the call was not run.]"
+FORGOTTEN = "[The call ran, but its answer is not kept any more; it was not run again.]"
 
 logger = logging.getLogger(__name__)
 
@@ -230,7 +231,9 @@ class Sessions:
         self._kept_size += size
         while self._kept_size > self._config.answers_mb * 2**20:
             (oldest, its_name), its_size = self._kept.popitem(last=False)
-            oldest.answers.pop(its_name, None)
+            if its_name in oldest.answers:
+                # The name stays: a call that is asked for once more does not run once more.
+                oldest.answers[its_name] = _forgotten()
             self._kept_size -= its_size
 
     def _end(self, trajectory: _Trajectory, *, in_turn: bool = True) -> asyncio.Task[None]:
@@ -257,12 +260,28 @@ class Sessions:
     async def _tick(self) -> None:
         """Ends what takes too long, and what nobody asks for any more."""
         while True:
-            longest = min(self._pool.expire(), self._closers.expire(), self._config.idle_seconds / 4, 1.0)
+            try:
+                longest = min(self._pool.expire(), self._closers.expire(), self._config.idle_seconds / 4, 1.0)
+            except RuntimeError:  # no thread can be started now, and later one can
+                logger.exception("a call that takes too long could not be given up")
+                longest = 1.0
             await asyncio.sleep(max(longest, 0.01))
             before = time.monotonic() - self._config.idle_seconds
             for trajectory in list(self._trajectories.values()):
                 if not trajectory.pending and trajectory.used < before:
                     self._end(trajectory)
+
+
+def _forgotten() -> Pending:
+    """In place of an answer that is not kept any more."""
+    pending = Pending()
+    pending.running = True
+    pending.task = asyncio.create_task(_said(Answer(text=FORGOTTEN, ok=False)))
+    return pending
+
+
+async def _said(answer: Answer) -> Answer:
+    return answer
 
 
 def _run(tools: TrajectoryTools, call: ToolCall) -> Answer:

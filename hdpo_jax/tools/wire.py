@@ -12,8 +12,9 @@ from typing import Annotated, Any
 from PIL import Image
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
-from hdpo_jax.tools.kernel.pictures import MAX_PIXELS, opened, rgb
+from hdpo_jax.tools.kernel.pictures import MAX_PIXELS, rgb
 from hdpo_jax.types import data_keys
+from models.qwen3_vl.pixels import load_image
 
 PATH = "/get_observation"
 TOKEN = "HDPO_TOOLS_TOKEN"
@@ -132,7 +133,7 @@ def data_uri(file: bytes) -> str:
             # What Pillow names otherwise is a kind of JPEG, as phones write it.
             media = FORMATS.get(image.format or "", FORMATS["JPEG"])
     except ValueError:
-        return image_uri(opened(file))
+        return image_uri(load_image(file))
     return f"data:{media};base64,{base64.b64encode(file).decode()}"
 
 

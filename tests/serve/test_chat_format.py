@@ -1,5 +1,7 @@
 """What requests may hold, and how tool calls are told from text."""
 
+import json
+
 import pytest
 from pydantic import ValidationError
 
@@ -72,7 +74,8 @@ def test_sound_calls_of_offered_tools_are_taken_out_of_the_text():
     text = 'Let me see.<tool_call>\n{"name": "weather", "arguments": {"town": "Zürich"}}\n</tool_call>'
     said, calls = split_calls(text + text, OFFERED)
     assert said == "Let me see.Let me see."
-    assert [call["function"] for call in calls] == [{"name": "weather", "arguments": '{"town": "Zürich"}'}] * 2
+    assert [call["function"]["name"] for call in calls] == ["weather"] * 2
+    assert [json.loads(call["function"]["arguments"]) for call in calls] == [{"town": "Zürich"}] * 2
     assert len({call["id"] for call in calls}) == 2
 
 

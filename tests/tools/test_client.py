@@ -502,7 +502,8 @@ def test_the_authors_server_is_a_server_too(picture: bytes):
     assert {request["trajectory_ids"][0] for request in theirs.requests} == set(first["trajectory_ids"])
 
 
-def test_what_may_have_run_on_the_authors_server_is_not_sent_again(picture: bytes):
+@pytest.mark.parametrize("opened", [False, True], ids=["first call", "later call"])
+def test_what_may_have_run_on_the_authors_server_is_not_sent_again(picture: bytes, opened: bool):
     theirs = Authors(picture)
     theirs.answers = [answered({"obs": str(number)}) for number in range(9)]
     with (
@@ -511,7 +512,8 @@ def test_what_may_have_run_on_the_authors_server_is_not_sent_again(picture: byte
         remote(proxy) as box,
         contextlib.closing(box.session([])) as session,
     ):
-        session._opened, session._server = True, box.servers.take()
+        if opened:
+            session._opened, session._server = True, box.servers.take()
         assert session.call(ToolCall(name="python", arguments={"code": "1"})).lost
         assert len(posts) == 1
 

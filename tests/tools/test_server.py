@@ -340,9 +340,11 @@ def test_a_repeated_call_runs_once_and_is_answered_as_the_first_time(server):
 
 def test_answers_are_kept_within_bounds():
     with notebooks(ToolServerConfig(answers_mb=0)) as (address, notebook), httpx.Client(base_url=address) as client:
-        for _ in range(2):
-            ask(client, action("t", tool_call("note", line="a"), call_ids=["1"]))
-        assert notebook.written == ["a", "a"]
+        asked = action("t", tool_call("note", line="a"), call_ids=["1"])
+        first, again = (text(ask(client, asked)) for _ in range(2))
+        assert first == "0 images: a" and "its answer is not kept any more" in again
+        assert text(ask(client, action("t", tool_call("note", line="b"), call_ids=["2"]))) == "0 images: a b"
+        assert notebook.written == ["a", "b"]  # once each, whatever is kept
 
 
 def test_a_trajectory_that_is_not_known_any_more_says_so_and_runs_nothing(server):

@@ -26,7 +26,8 @@ class Counting(ToolBox):
 
     def __init__(self, config: ToolsConfig):
         self.workers = config.workers
-        self._tools = {}
+
+    def close(self) -> None: ...
 
     def session(self, images, keys=()):
         class Session:

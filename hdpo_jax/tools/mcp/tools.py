@@ -12,6 +12,7 @@ import threading
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from mcp import MCPError
@@ -120,7 +121,7 @@ class McpTool:
             result = answer.result(seconds)
         except TimeoutError:
             answer.cancel()
-            return self._failed(f"it did not answer within {seconds:g} s")
+            return replace(self._failed(f"it did not answer within {seconds:g} s"), timed_out=True)
         except CancelledError:
             return _closed()
         except ServerDown as error:
