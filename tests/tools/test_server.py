@@ -363,7 +363,7 @@ def test_a_client_that_goes_away_takes_its_waiting_calls_along():
         def send_and_leave(name: str, **fields: Any) -> None:
             content = json.dumps(action(name, tool_call("note", line=name, seconds=0.6), **fields)).encode()
             with socket.create_connection((host, int(port))) as connection:
-                head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n"
+                head = f"POST {PATH} HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(content)}\r\n\r\n"
                 connection.sendall(head.encode() + content)
                 time.sleep(0.2)
 
