@@ -217,6 +217,8 @@ class Rollout:
         live.rewind(begun)
         live.add_given(len(self._answer_start))
         strand.rewrite(begun, self._answer_start)
+        if live.listener:
+            live.listener.rewound(self._processor.decode(strand.token_ids[strand.turn_start :]))
         self._scheduler.pause(strand)
         self._scheduler.resume(strand)
         return True

@@ -22,6 +22,10 @@ class Listener(Protocol):
         """Hears of what was sampled; True: the trajectory is to end here."""
         ...
 
+    def rewound(self, text: str) -> None:
+        """Hears that the turn under way goes on from this text: a call in it was held back (`Gate`)."""
+        ...
+
     def turned(self, turn: Turn) -> None:
         """Hears of a turn that has ended, the policy's or a tool's."""
         ...

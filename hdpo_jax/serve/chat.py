@@ -173,6 +173,10 @@ class Chat:
             one = told.get()
             if one is None:
                 raise Closed("the engine has ended; the lines above say why")
+            if one.rewound:
+                said = one.rewound
+                self._console.print("\n(that call is not sent)", style="dim")
+                self._console.print(_plain(said), end="", soft_wrap=True)
             said += one.text
             if one.text:
                 self._console.print(_plain(one.text), end="", soft_wrap=True)

@@ -33,6 +33,8 @@ class Told:
     text: str = ""
     tokens: Sequence[int] = ()
     logprobs: Sequence[float] = ()
+    rewound: str = ""
+    """What the turn under way goes on from: a call was held back, and what was told of it is void."""
     turn: Turn | None = None
     """A turn that has ended."""
     stop: StopReason | None = None
@@ -82,6 +84,10 @@ class Follower:
         self._said += text
         self._send(Told(choice=self._choice, text=text, tokens=new.tokens, logprobs=new.logprobs))
         return self._text.stopped
+
+    def rewound(self, text: str) -> None:
+        self._text, self._said = self._stream(), text
+        self._send(Told(choice=self._choice, rewound=text))
 
     def turned(self, turn: Turn) -> None:
         if turn.role == "assistant":
