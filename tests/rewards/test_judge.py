@@ -144,11 +144,11 @@ def test_an_attempt_has_its_time_whatever_the_server_sends(hang):
             time.sleep(3)
         return Raw(200, dribble(b" ", seconds=20))
 
-    with JudgeServer(answer) as server, judge_of(server, attempts=2, timeout_seconds=0.3) as judge:
+    with JudgeServer(answer) as server, judge_of(server, attempts=2, timeout_seconds=1) as judge:
         started = time.monotonic()
-        with pytest.raises(VerifierOutage, match="no answer within 0.3 s"):
+        with pytest.raises(VerifierOutage, match="no answer within 1 s"):
             judge(ZEBRA)
-        assert time.monotonic() - started < 2.5 and len(server.asked) == 2
+        assert time.monotonic() - started < 10 and len(server.asked) == 2
 
 
 def test_nobody_there_is_an_outage():

@@ -104,7 +104,8 @@ def test_a_judge_is_asked_while_others_are_still_sampled():
             scorer.begin(trajectories[-1])
         sampled = time.monotonic()
         assert scorer.verdicts(trajectories, of=10) == [RIGHT] * 10
-        assert time.monotonic() - sampled < 0.9 and time.monotonic() - started < 2.5
+        # Nine of them were judged meanwhile: what is left is the last one's time, not ten of them.
+        assert time.monotonic() - sampled < 2 and time.monotonic() - started < 3.5
 
 
 def test_2c_an_outage_is_no_verdict_and_not_a_wrong_answer():

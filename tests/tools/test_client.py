@@ -124,7 +124,7 @@ def test_the_end_of_a_run_tells_servers_which_trajectories_are_over():
             for session in sessions:
                 session.close()
                 session.close()
-            assert time.monotonic() - started < 0.2  # not the rollout's time
+            assert time.monotonic() - started < 1  # a hundredth of a second each: nobody waits for an answer
         assert notebook.open_now == 0
         assert session.call(note("b")).lost
 

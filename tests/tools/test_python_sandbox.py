@@ -211,9 +211,9 @@ def test_a_slow_call_is_interrupted_and_keeps_its_state(box, config, picture):
 
 def test_an_interrupt_does_not_hit_the_next_call(box, config):
     """Code that ends just when its time is up: it is interrupted or not, the call after it never."""
-    config = dataclasses.replace(config, timeout_seconds=0.1)
     session = PythonSession(config, python_tool(box).server, threading.BoundedSemaphore(), [])
-    session.call({"code": "import time"})
+    assert session.call({"code": "import time"}).ok  # with time enough to begin
+    session._config = dataclasses.replace(config, timeout_seconds=0.1)
     for number in range(20):
         session.call({"code": f"time.sleep({0.09 + number / 1000})"})
         following = session.call({"code": "for _ in range(10): time.sleep(0.001)"})

@@ -156,13 +156,13 @@ def test_calls_of_a_trajectory_run_in_order_and_others_beside_them(server):
     client, notebook = server
     started = time.monotonic()
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        slow = [pool.submit(ask, client, action("s", tool_call("note", line="s", seconds=0.3))) for _ in range(3)]
-        others = [pool.submit(ask, client, action(str(n), tool_call("note", line="x", seconds=0.3))) for n in range(4)]
+        slow = [pool.submit(ask, client, action("s", tool_call("note", line="s", seconds=1))) for _ in range(3)]
+        others = [pool.submit(ask, client, action(str(n), tool_call("note", line="x", seconds=1))) for n in range(4)]
         for future in others:
             assert text(future.result()) == "0 images: x"
-        assert time.monotonic() - started < 0.8
+        assert time.monotonic() - started < 1.9
         assert sorted(text(future.result()) for future in slow) == ["0 images: " + " ".join("s" * n) for n in (1, 2, 3)]
-    assert 0.9 <= time.monotonic() - started < 2
+    assert 3 <= time.monotonic() - started < 6
 
 
 def test_64_trajectories_at_once_are_not_mixed_up(server, picture):
@@ -275,7 +275,7 @@ def test_a_full_queue_is_429_and_nothing_of_the_request_runs():
     with notebooks(config, workers=1) as (address, notebook), httpx.Client(base_url=address, timeout=30) as client:
 
         def slow(name: str) -> httpx.Response:
-            return client.post(PATH, json=action(name, tool_call("note", line=name, seconds=1)))
+            return client.post(PATH, json=action(name, tool_call("note", line=name, seconds=3)))
 
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             taken = [pool.submit(slow, name) for name in "abc"]
@@ -303,8 +303,8 @@ def test_trajectories_at_a_time_are_bounded():
 
 
 def test_idle_trajectories_are_freed_and_calls_keep_them():
-    with notebooks(ToolServerConfig(idle_seconds=0.4)) as (address, notebook), httpx.Client(base_url=address) as client:
-        assert text(ask(client, action("t", tool_call("note", line="a", seconds=1.0)))) == "0 images: a"
+    with notebooks(ToolServerConfig(idle_seconds=1.0)) as (address, notebook), httpx.Client(base_url=address) as client:
+        assert text(ask(client, action("t", tool_call("note", line="a", seconds=2.5)))) == "0 images: a"
         assert notebook.open_now == 1
         assert eventually(lambda: notebook.open_now == 0)
         assert text(ask(client, action("t", tool_call("note", line="b")))) == "0 images: b"
@@ -399,12 +399,12 @@ def test_lone_surrogates_are_sent_as_question_marks(server):
 def test_slow_ends_of_one_do_not_hold_up_another(server):
     """Finishing waits for the trajectory's own call, and for nothing else."""
     client, notebook = server
-    thread = threading.Thread(target=ask, args=(client, action("t", tool_call("note", line="a", seconds=1))))
+    thread = threading.Thread(target=ask, args=(client, action("t", tool_call("note", line="a", seconds=3))))
     thread.start()
     assert eventually(lambda: notebook.written == ["a"])
     started = time.monotonic()
     ask(client, over("u"))
-    assert time.monotonic() - started < 0.5
+    assert time.monotonic() - started < 2
     ask(client, over("t"))
-    assert notebook.open_now == 0 and time.monotonic() - started > 0.5
+    assert notebook.open_now == 0 and time.monotonic() - started > 2
     thread.join()

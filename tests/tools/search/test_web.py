@@ -127,7 +127,7 @@ def test_nobody_listens(client: Client, server: ProviderServer):
         client(QUICK).ask(Question(url="http://127.0.0.1:1/search"), read)
 
 
-@pytest.mark.parametrize("later", [lambda: "1", lambda: formatdate(time.time() + 2, usegmt=True)])
+@pytest.mark.parametrize("later", [lambda: "1", lambda: formatdate(time.time() + 3, usegmt=True)])
 def test_a_provider_that_wants_a_pause_gets_it_from_everybody(
     server: ProviderServer, client: Client, later: Callable[[], str]
 ):
