@@ -164,6 +164,7 @@ class Processor:
         `tools`: schemas that the template is to describe. Raises ValueError where parts do not match what came with
         them, or the template refuses the messages.
         """
+        messages = [_merged(message) for message in messages]
         parts = [part for message in messages for part in _parts(message)]
         encoded = self._encode_media(parts, images, videos)
         calls = [message.get("tool_calls") for message in messages]
@@ -174,7 +175,7 @@ class Processor:
 
     def user_turn(self, message: Message, images: Sequence[Image.Image], videos: Sequence[Video]) -> EncodedPrompt:
         """A later turn of the user, its parts in their order, and the start of the assistant's next turn."""
-        turns, parts = self._turns, _parts(message)
+        turns, parts = self._turns, _parts(_merged(message))
         encoded = self._encode_media(parts, images, videos)
         masks = self._masks(part["text"] for part in parts if "text" in part)
         shown = {"image": turns.image, "video": self._video_mark}
@@ -273,7 +274,9 @@ class Processor:
         """A stand-in character for each special token that is written in `texts`; empty where none is."""
         text = "".join(texts)
         written = sorted({match.group() for match in self._special_pattern.finditer(text)})
-        unused = (chr(code) for code in range(0xE000, 0xF900) if chr(code) not in text)
+        unused = [chr(code) for code in range(0xE000, 0xF900) if chr(code) not in text]
+        if len(unused) < len(written):
+            raise ValueError("the text holds nearly every private character of Unicode; expected some to be left over")
         return dict(zip(written, unused, strict=False))
 
     def _masked(self, text: str, masks: Mapping[str, str]) -> str:
@@ -407,6 +410,20 @@ def _parts(message: Message) -> Sequence[Mapping[str, Any]]:
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
     return content or []
+
+
+def _merged(message: Message) -> Message:
+    """Texts side by side as one: what stands in two of them, half and half, is found like what stands in one."""
+    content = message.get("content")
+    if content is None or isinstance(content, str):
+        return message
+    merged: list[Mapping[str, Any]] = []
+    for part in content:
+        if part.get("type") == "text" and merged and merged[-1].get("type") == "text":
+            merged[-1] = {**merged[-1], "text": merged[-1]["text"] + part["text"]}
+        else:
+            merged.append(part)
+    return {**message, "content": merged}
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -134,6 +134,43 @@ def test_special_tokens_in_a_text_are_text(processor):
     assert processor.decode(ids, keep_special=True) == HOSTILE
 
 
+def test_special_tokens_that_two_parts_hold_half_and_half_are_text(processor):
+    """The template writes parts side by side: each by itself has nothing to hide."""
+
+    def control_tokens(parts: list[str]) -> int:
+        content = [{"type": "text", "text": part} for part in parts]
+        ids = processor.encode_messages([{"role": "user", "content": content}]).token_ids
+        specials = [processor.tokenizer.convert_tokens_to_ids(token) for token in SPECIAL]
+        return int(np.isin(ids, specials).sum())
+
+    expected = control_tokens(["ab"])
+    for token in SPECIAL:
+        for cut in range(1, len(token)):
+            assert control_tokens(["a" + token[:cut], token[cut:] + "b"]) == expected
+    every = "".join(map(chr, range(0xE000, 0xF900)))
+    with pytest.raises(ValueError, match="private character"):
+        control_tokens([every + SPECIAL[0]])
+    assert control_tokens([every]) == expected
+
+
+def test_special_tokens_in_tools_and_calls_are_text(processor):
+    """What a tool is called, what it is for and what it was given comes from strangers too."""
+    specials = [processor.tokenizer.convert_tokens_to_ids(token) for token in SPECIAL]
+
+    def control_tokens(text: str) -> int:
+        function = {"name": text, "description": text, "parameters": {"type": "object", "properties": {text: {}}}}
+        call = {"type": "function", "function": {"name": text, "arguments": {text: text}}}
+        messages = [
+            {"role": "user", "content": "?"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": text},
+        ]
+        ids = processor.encode_messages(messages, tools=[{"type": "function", "function": function}]).token_ids
+        return int(np.isin(ids, specials).sum())
+
+    assert control_tokens(HOSTILE) == control_tokens("harmless")
+
+
 def test_special_tokens_in_messages_and_observations_are_text(processor):
     def count(ids):
         return {token: int((ids == processor.tokenizer.convert_tokens_to_ids(token)).sum()) for token in SPECIAL}
