@@ -57,7 +57,7 @@ def test_the_probability_of_each_call_is_that_of_its_beginning(caller, ungated):
     for one in ungated:
         known = [math.exp(one.logprobs[place]) for place in starts(caller, one)]
         assert all(any(p == pytest.approx(other, abs=1e-5) for other in known) for p in one.call_probabilities)
-    assert sum(len(one.call_probabilities) for one in ungated) > 5
+    assert sum(len(one.call_probabilities) for one in ungated) > 2
 
 
 def test_an_open_gate_changes_nothing(caller, task, ungated):
