@@ -50,6 +50,8 @@ def run_chat(
     rollout: RolloutConfig,
 ) -> None:
     """Talks until the input ends, or /quit."""
+    # Also where a shell has what it starts ignore Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     console = Console(highlight=False)
     with open_toolbox(tools) as toolbox, tempfile.TemporaryDirectory(prefix="hdpo-chat-") as folder:
         with Console(stderr=True).status(f"loading {model}, compiling"):
