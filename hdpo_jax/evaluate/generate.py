@@ -13,7 +13,7 @@ from hdpo_jax.config import AgentConfig, Dtype, ModelConfig, RolloutConfig, Tool
 from hdpo_jax.evaluate.messages import GivenMessages, encode_given, power_of_two, read_conversations
 from hdpo_jax.files import write_text_atomically
 from hdpo_jax.tools.protocol import TOOL_CALL_END, parse_tool_call
-from hdpo_jax.tools.system_prompt import system_prompt
+from hdpo_jax.tools.system_prompt import system_prompt, told_of_tools
 from hdpo_jax.tools.toolbox import open_toolbox
 from hdpo_jax.train.policy import Policy, load_policy
 from hdpo_jax.types import Prompt, ToolCall, Trajectory
@@ -75,10 +75,7 @@ def generate_file(
 
 
 def _told_of_tools(conversation: GivenMessages, schemas: Sequence[Mapping[str, Any]]) -> GivenMessages:
-    if conversation.messages[0]["role"] == "system":
-        return conversation
-    system = {"role": "system", "content": system_prompt(schemas)}
-    return replace(conversation, messages=[system, *conversation.messages])
+    return replace(conversation, messages=told_of_tools(conversation.messages, system_prompt(schemas)))
 
 
 def _record(trajectory: Trajectory) -> dict[str, Any]:

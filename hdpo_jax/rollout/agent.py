@@ -173,7 +173,7 @@ class Rollout:
         strand, calls = live.strand, self._processor.tool_call_end
         spent = strand.length >= strand.limit
         turn = strand.token_ids[strand.turn_start :]
-        text = self._processor.decode(turn)
+        text = self._turn_text(live)
         called = tuple(turn[-len(calls) :]) == calls
         if called and not spent and self._held_back(live):
             return
@@ -218,17 +218,19 @@ class Rollout:
         live.add_given(len(self._answer_start))
         strand.rewrite(begun, self._answer_start)
         if live.listener:
-            live.listener.rewound(self._processor.decode(strand.token_ids[strand.turn_start :]))
+            live.listener.rewound(self._turn_text(live))
         self._scheduler.pause(strand)
         self._scheduler.resume(strand)
         return True
 
     def _end_here(self, live: Live, stop: StopReason) -> None:
         """In the midst of a turn."""
-        live.add_turn(
-            Turn(role="assistant", text=self._processor.decode(live.strand.token_ids[live.strand.turn_start :]))
-        )
+        live.add_turn(Turn(role="assistant", text=self._turn_text(live)))
         self._finish(live, stop)
+
+    def _turn_text(self, live: Live) -> str:
+        """Of the turn under way, so far."""
+        return self._processor.decode(live.strand.token_ids[live.strand.turn_start :])
 
     def _forget_gone(self) -> None:
         """Ends trajectories that nobody listens to any more, wherever they are."""

@@ -25,6 +25,7 @@ from hdpo_jax.serve.exchange import Exchange, Told, Wish
 from hdpo_jax.serve.service import Busy, Closed, Service
 from hdpo_jax.serve.text_stream import overlap
 from hdpo_jax.tools.protocol import TOOL_CALL_START
+from hdpo_jax.tools.system_prompt import told_of_tools
 from hdpo_jax.types import Prompt, StopReason
 
 T = TypeVar("T")
@@ -134,9 +135,7 @@ def _for_agent(asked: ChatRequest, system_prompt: str) -> Prompt:
     if asked.offered:
         raise RequestError("tools beside those that run here; leave them out, or ask a server without --agent", "tools")
     prompt = asked.prompt()
-    if prompt.messages[0]["role"] == "system":
-        return prompt
-    return replace(prompt, messages=[{"role": "system", "content": system_prompt}, *prompt.messages])
+    return replace(prompt, messages=told_of_tools(prompt.messages, system_prompt))
 
 
 @dataclass

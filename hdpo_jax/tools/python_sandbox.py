@@ -21,7 +21,7 @@ from hdpo_jax.tools.fork_server import CPU_FACTOR, End, ForkServer, Kernel, Serv
 from hdpo_jax.tools.kernel import frames
 from hdpo_jax.tools.kernel.pictures import CALL_PIXELS, MAX_PIXELS
 from hdpo_jax.tools.protocol import PYTHON_SCHEMA, Subject
-from hdpo_jax.tools.results import NO_OUTPUT
+from hdpo_jax.tools.results import NO_OUTPUT, encodable
 from hdpo_jax.types import Observation
 
 INTERRUPT_SECONDS = 2.0
@@ -134,7 +134,7 @@ class PythonSession:
         except frames.DeadlineError:
             return self._restarted("The Python process did not take its code, or began an answer and did not end it")
         except frames.FrameError as error:
-            return self._restarted(f"The Python process had to be ended: {_sound(' '.join(str(error).split()))}")
+            return self._restarted(f"The Python process had to be ended: {encodable(' '.join(str(error).split()))}")
         except frames.Closed:
             return self._ended()
         # Code that was done when the interrupt came is done.
@@ -164,7 +164,7 @@ class PythonSession:
         images = [_image(size, pixels) for size, pixels in zip(sizes, frame.blobs, strict=True)]
         most = f"{config.max_images}, and {CALL_PIXELS // 10**6} million pixels,"
         note = f"[{min(dropped, MOST)} more images are left out: one call returns {most} at most.]" if dropped else ""
-        text = _lines(_sound(text[: config.output_chars + 200]), note)
+        text = _lines(encodable(text[: config.output_chars + 200]), note)
         return Observation(text=text if text or images else NO_OUTPUT, images=images, ok=ok)
 
     def _timed_out(self) -> str:
@@ -222,11 +222,6 @@ def _image(size: Any, pixels: bytearray) -> Image.Image:
             if 3 * width * height == len(pixels):
                 return Image.frombytes("RGB", (width, height), pixels)
     raise frames.FrameError("an answer with an image that does not add up")
-
-
-def _sound(text: str) -> str:
-    """Without lone surrogates, which can be printed but not encoded."""
-    return text.encode("utf-8", "replace").decode()
 
 
 def _lines(*parts: str) -> str:

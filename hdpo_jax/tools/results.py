@@ -44,9 +44,14 @@ def observation(parts: Iterable[str | bytes | Image.Image], config: ToolsConfig,
     return Observation(text=text if text or images else NO_OUTPUT, images=images, ok=ok)
 
 
+def encodable(text: str) -> str:
+    """The text with `?` for each lone surrogate, which no encoding holds."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def bounded_text(text: str, limit: int) -> str:
     """The text, or its head and tail around a mark that says how much was cut. Lone surrogates become `?`."""
-    text = text.encode("utf-8", "replace").decode()
+    text = encodable(text)
     if len(text) <= limit:
         return text
     half = max(limit // 2, 1)
@@ -77,7 +82,7 @@ def error_in_words(error: BaseException) -> str:
         said = str(error)
     except Exception:
         said = "it does not say why"
-    return f"{type(error).__name__}: {said}".encode("utf-8", "replace").decode()[:LONGEST_ERROR]
+    return encodable(f"{type(error).__name__}: {said}")[:LONGEST_ERROR]
 
 
 def _reduced(image: Image.Image) -> Image.Image:

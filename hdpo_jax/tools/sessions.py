@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from hdpo_jax.config import ToolServerConfig
 from hdpo_jax.tools.calls import CallPool, GivenUp
 from hdpo_jax.tools.protocol import Tools, TrajectoryTools
+from hdpo_jax.tools.results import encodable
 from hdpo_jax.tools.wire import image_uri
 from hdpo_jax.types import Observation, ToolCall
 
@@ -296,7 +297,7 @@ def _run(tools: TrajectoryTools, call: ToolCall) -> Answer:
 def _presented(observation: Observation) -> Answer:
     return Answer(
         # Lone surrogates can not be sent.
-        text=observation.text.encode("utf-8", "replace").decode(),
+        text=encodable(observation.text),
         images=[image_uri(image) for image in observation.images],
         ok=observation.ok,
         lost=observation.lost,

@@ -5,6 +5,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
+def told_of_tools(messages: Sequence[Mapping[str, Any]], system: str) -> Sequence[Mapping[str, Any]]:
+    """The messages, with this system message where they have none of their own."""
+    return messages if messages[0]["role"] == "system" else [{"role": "system", "content": system}, *messages]
+
+
 def system_prompt(schemas: Sequence[Mapping[str, Any]]) -> str:
     """The goal, the tools and the format of a turn; source: the protocol of arXiv:2604.08545."""
     tools = "\n".join(json.dumps(schema["function"], ensure_ascii=False) for schema in schemas)

@@ -37,7 +37,7 @@ from hdpo_jax.tools.mcp.connection import START_SECONDS, STOP_SECONDS, Server, S
 from hdpo_jax.tools.mcp.entries import parse
 from hdpo_jax.tools.mcp.schemas import BrokenSchema, cleaned, plain
 from hdpo_jax.tools.protocol import Schema, Subject
-from hdpo_jax.tools.results import LONGEST_ERROR, observation
+from hdpo_jax.tools.results import LONGEST_ERROR, encodable, observation
 from hdpo_jax.types import Observation
 
 logger = logging.getLogger(__name__)
@@ -133,7 +133,7 @@ class McpTool:
         return observation(_parts(result), self._config, ok=not result.is_error)
 
     def _failed(self, reason: str) -> Observation:
-        reason = reason.encode("utf-8", "replace").decode()
+        reason = encodable(reason)
         return Observation(text=f"[{self.name} failed: {reason[:LONGEST_ERROR]}]", ok=False)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hdpo_jax.data.rows import DataError
+from hdpo_jax.tools.results import encodable
 from hdpo_jax.tools.search.results import LINK_CHARS, TITLE_CHARS, printable
 
 TEXT, TITLE, LINK = ("text", "contents", "content", "body"), ("title", "name"), ("url", "link")
@@ -103,7 +104,7 @@ def _document(line: bytes) -> Document | str:
         names = ", ".join(str(name)[:40] for name in list(row)[:8]) or "nothing"
         return f"no text, found {names}; expected {EXPECTED}"
     # JSON may spell half a character (a lone surrogate), which no file can hold.
-    text = text.encode("utf-8", "replace").decode().replace("\0", " ")
+    text = encodable(text).replace("\0", " ")
     if not title:
         # Collections of passages put the title into the text: its first line, in quotes.
         first, _, rest = text.partition("\n")
